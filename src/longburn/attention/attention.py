@@ -1,0 +1,186 @@
+"""Self-attention with its parameters: MHA, GQA and MQA, in training and over a stream."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from longburn.attention.core import attend
+from longburn.bias import BiasPolicy, DenseBias
+from longburn.cache import AttnWindow, RollingKVCache, Step
+from longburn.kernels.attend import Known
+from longburn.kernels.linear import linear
+from longburn.rope import Angles, Rope3dEncoding, RotaryEncoding
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; `kv_heads` makes it grouped-query (GQA) or, with 1, multi-query (MQA) attention.
+
+    Without a cache it is the full forward (training). With one it is the same function of the same tokens, however they
+    are cut into calls.
+
+    Args:
+        dim: model size M.
+        heads: query heads H.
+        kv_heads: key and value heads K, a divisor of H; default H.
+        head_dim: D; default `dim // heads`.
+        window: what a query sees; default all keys up to its own.
+        rope: rotary encoding of q and k; None for none.
+        sinks: learn one logit a head in the softmax's denominator (parameter `sinks` `[H]`, 0 at the start).
+        qk_norm: epsilon of an RMSNorm over D of every head's q and k, before the rotation; None for none.
+        qkv_bias, out_bias: biases of the projections.
+        scale: of the scores; default `1 / sqrt(D)`.
+        prescale: multiply q and k by `sqrt(scale)` each instead of the scores by `scale`. The same function, but half
+            precision scores stay small (Whisper). The cache then holds the scaled keys.
+
+    Raises:
+        ValueError: sizes that do not divide, or relative sinks without rope.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        window: AttnWindow | None = None,
+        rope: RotaryEncoding | Rope3dEncoding | None = None,
+        sinks: bool = False,
+        qk_norm: float | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        scale: float | None = None,
+        prescale: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        if heads < 1 or kv_heads < 1 or heads % kv_heads or (head_dim is None and dim % heads):
+            raise ValueError(
+                f"Attention: dim {dim}, heads {heads}, kv_heads {kv_heads}, head_dim {head_dim}: "
+                "wanted heads a multiple of kv_heads, and dim a multiple of heads or a head_dim"
+            )
+        self.heads, self.kv_heads = heads, kv_heads
+        self.head_dim = dim // heads if head_dim is None else head_dim
+        self.window = window or AttnWindow()
+        if self.window.relative_sinks and rope is None:
+            raise ValueError("Attention: relative_sinks clamp the distance that rope sees, but rope is None")
+        self.rope = rope
+        self.scale = 1.0 / math.sqrt(self.head_dim) if scale is None else scale
+        self.prescale = prescale
+        D = self.head_dim
+        self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * D, bias=qkv_bias, dtype=dtype, device=device)
+        self.out = nn.Linear(heads * D, dim, bias=out_bias, dtype=dtype, device=device)
+        self.q_norm = None if qk_norm is None else nn.RMSNorm(D, eps=qk_norm, dtype=dtype, device=device)
+        self.k_norm = None if qk_norm is None else nn.RMSNorm(D, eps=qk_norm, dtype=dtype, device=device)
+        self.sinks = nn.Parameter(torch.zeros(heads, dtype=dtype, device=device)) if sinks else None
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Step | Tensor | None = None,
+        *,
+        cache: RollingKVCache | None = None,
+        bias: BiasPolicy | Tensor | None = None,
+    ) -> Tensor:
+        """Attend within x, and to what the cache holds.
+
+        Args:
+            x: `[B, T, M]`.
+            positions: of x, `[B|1, T]` int64 (-1: no token), or the step that a `CacheManager` handed out (which also lets
+                the layers of a model share what they derive from it). Default without a cache: `0 .. T - 1`.
+            cache: this layer's; x is written to it. None: x is all there is.
+            bias: a policy, or a tensor `[B|1, H|1, T, P]` whose columns are the absolute key positions `0 .. P - 1`.
+
+        Returns:
+            `[B, T, M]`; rows without a token are the output projection of 0.
+
+        Raises:
+            ValueError: shapes that disagree, a cache without positions, or a window that no cache can serve.
+        """
+        B, T, _ = x.shape
+        step = self._step(positions, T, cache, x.device)
+        qk, v = self._project(x)
+        q_sink = None
+        if self.rope is not None:
+            if self._distance_is_clamped(step):
+                q_sink = self.rope.rotate(qk[:, : self.heads], self._sink_angles(step, x.dtype))
+            qk = self.rope.rotate(qk, self._angles(step, x.dtype))
+        q, k = qk.split([self.heads, self.kv_heads], 1)
+        if cache is None:
+            k_pos, known = step.positions, _of_self(step)
+        else:
+            k, v, k_pos, known = cache.update(k, v, step)
+        out = attend(
+            q,
+            k,
+            v,
+            q_pos=step.positions,
+            k_pos=k_pos,
+            window=self.window,
+            bias=DenseBias(bias) if isinstance(bias, Tensor) else bias,
+            sinks=self.sinks,
+            scale=1.0 if self.prescale else self.scale,
+            q_sink=q_sink,
+            known=known,
+        )
+        return linear(out.transpose(1, 2).reshape(B, T, -1), self.out.weight, self.out.bias)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k, normed and scaled but not yet rotated, as the heads of one tensor `[B, H + K, T, D]`; v `[B, K, T, D]`."""
+        B, T, _ = x.shape
+        fused = linear(x, self.qkv.weight, self.qkv.bias).view(B, T, -1, self.head_dim).transpose(1, 2)
+        qk, v = fused.split([self.heads + self.kv_heads, self.kv_heads], 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split([self.heads, self.kv_heads], 1)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], 1)
+        return (qk * math.sqrt(self.scale) if self.prescale else qk), v
+
+    def _step(
+        self, positions: Step | Tensor | None, T: int, cache: RollingKVCache | None, device: torch.device
+    ) -> Step:
+        if cache is not None and not self.window.streams:
+            raise ValueError(
+                f"Attention: a window with lookahead {self.window.lookahead} sees later keys, which no cache holds yet"
+            )
+        if positions is None:
+            if cache is not None:
+                raise ValueError("Attention: a cache needs positions; take them from CacheManager.positions")
+            return Step.from_zero(T, device)
+        step = Step.of(positions)
+        if step.length != T:
+            raise ValueError(f"Attention: {T} tokens, but positions for {step.length}")
+        return step
+
+    def _angles(self, step: Step, dtype: torch.dtype) -> Angles:
+        rope = self.rope
+        assert rope is not None
+        wide = torch.promote_types(dtype, torch.float32)
+        return step.share(("angles", id(rope), wide), lambda: rope.angles(step.positions, wide))
+
+    def _sink_angles(self, step: Step, dtype: torch.dtype) -> Angles:
+        rope, farthest = self.rope, self._farthest
+        assert rope is not None
+        wide = torch.promote_types(dtype, torch.float32)
+        return step.share(
+            ("sink angles", id(rope), farthest, wide),
+            lambda: rope.angles(step.positions.clamp(max=farthest), wide),
+        )
+
+    @property
+    def _farthest(self) -> int:
+        """The position from which a query looks at kept sink tokens once it is farther away than that."""
+        assert self.window.size is not None
+        return self.window.sink_tokens + self.window.size - 1
+
+    def _distance_is_clamped(self, step: Step) -> bool:
+        return self.window.relative_sinks and (step.bound is None or step.bound - 1 > self._farthest)
+
+
+def _of_self(step: Step) -> tuple[Known, ...] | None:
+    """What the host knows when the keys are the queries' own."""
+    if step.runs is None or len(step.runs) > 1 or step.runs[0].start or step.runs[0].count != step.length:
+        return None
+    return (Known(0, step.length, step.length, 0, 0, True),)

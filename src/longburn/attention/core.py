@@ -1,0 +1,157 @@
+"""`attend`: what attention means here, whichever kernel computes it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from longburn.bias import BiasContext, BiasPolicy
+from longburn.cache import AttnWindow
+from longburn.kernels import attend as kernels
+from longburn.kernels.attend import AttendCall, BiasTerms, Known
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_pos: Tensor | None = None,
+    k_pos: Tensor | None = None,
+    window: AttnWindow | None = None,
+    bias: BiasPolicy | Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    q_sink: Tensor | None = None,
+    known: tuple[Known, ...] | None = None,
+) -> Tensor:
+    """Softmax attention of queries over keys that carry their positions, `[B, H, T, D]`.
+
+    The query at position p sees the key at position j iff the slot is filled (`j >= 0`), `j <= p` (or j stands in p's own
+    block), and `p - j < window.size` or `j < window.sink_tokens`. A query that sees nothing, or has position -1, gives 0.
+
+    Args:
+        q: queries `[B, H, T, D]`.
+        k, v: keys and values `[B, K, S, D]`; H is a multiple of K, and query head h reads kv head `h // (H / K)`.
+        q_pos: `[B|1, T]` int64, -1 for no token. Default: the last T of S positions.
+        k_pos: `[B|1, S]` int64, -1 for an empty slot, whose keys and values may be anything. Default: `0 .. S - 1`.
+        window: what a query sees; default all keys up to its own.
+        bias: added to the scores before the softmax: a policy, or a tensor `[B|1, H|1, T, S]` aligned with k.
+        sinks: learned logits `[H]` that enter the softmax's denominator with the value 0.
+        scale: of the scores; default `1 / sqrt(D)`.
+        q_sink: a second query `[B, H, T, D]` for the keys at positions below `window.sink_tokens` (relative sinks).
+        known: what the host knows of the positions; given by caches, it only saves work.
+
+    Returns:
+        `[B, H, T, D]` in the type of q.
+
+    Raises:
+        ValueError: shapes that disagree.
+        ImplError: the implementation named by `use_impl` cannot compute this call.
+    """
+    call = _call(q, k, v, q_pos, k_pos, window, bias, sinks, scale, q_sink, known, wants_lse=False)
+    return kernels.run(call)[0]
+
+
+def attend_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_pos: Tensor | None = None,
+    k_pos: Tensor | None = None,
+    window: AttnWindow | None = None,
+    bias: BiasPolicy | Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    q_sink: Tensor | None = None,
+    known: tuple[Known, ...] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attend`, and the log-sum-exp `[B, H, T]` of its scores (sinks included; `-inf` where nothing is seen).
+
+    Results over disjoint sets of keys merge exactly: `merge([(out, lse), ...])`. Let sinks into one part only.
+    """
+    return kernels.run(_call(q, k, v, q_pos, k_pos, window, bias, sinks, scale, q_sink, known, wants_lse=True))
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+    window: AttnWindow | None,
+    bias: BiasPolicy | Tensor | None,
+    sinks: Tensor | None,
+    scale: float | None,
+    q_sink: Tensor | None,
+    known: tuple[Known, ...] | None,
+    *,
+    wants_lse: bool,
+) -> AttendCall:
+    window = window or AttnWindow()
+    _check(q, k, v, sinks, q_sink)
+    T, S = q.shape[2], k.shape[2]
+    if q_pos is None and k_pos is None and known is None and S >= T:
+        known = (Known(S - T, T, S, 0, 0, True),)
+    if q_pos is None:
+        q_pos = torch.arange(S - T, S, device=q.device)[None]
+    if k_pos is None:
+        k_pos = torch.arange(S, device=q.device)[None]
+    _check_positions("q_pos", q_pos, q.shape[0], T)
+    _check_positions("k_pos", k_pos, q.shape[0], S)
+    return AttendCall(
+        q=q,
+        k=k,
+        v=v,
+        q_pos=q_pos,
+        k_pos=k_pos,
+        scale=1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
+        window=window.size,
+        sink_tokens=window.sink_tokens if window.size is not None else 0,
+        lookahead=window.lookahead,
+        block=window.block,
+        bias=_terms(bias, q, q_pos, k_pos),
+        sinks=sinks,
+        q_sink=q_sink,
+        known=known,
+        wants_lse=wants_lse,
+    )
+
+
+def _terms(bias: BiasPolicy | Tensor | None, q: Tensor, q_pos: Tensor, k_pos: Tensor) -> BiasTerms | None:
+    if bias is None:
+        return None
+    if not isinstance(bias, Tensor):
+        return bias.terms(BiasContext(q_pos, k_pos, q))
+    wanted = (q.shape[0], q.shape[1], q.shape[2], k_pos.shape[1])
+    if bias.dim() != 4 or any(n not in (1, w) for n, w in zip(bias.shape[:2], wanted, strict=False)):
+        raise ValueError(f"attend: bias is {tuple(bias.shape)}, wanted [B|1, H|1, T, S] with B, H, T, S = {wanted}")
+    if tuple(bias.shape[2:]) != wanted[2:]:
+        raise ValueError(f"attend: bias is {tuple(bias.shape)}, wanted [B|1, H|1, T, S] with B, H, T, S = {wanted}")
+    return BiasTerms(dense=bias)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, q_sink: Tensor | None) -> None:
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(
+            f"attend: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: wanted [B, H, T, D] and [B, K, S, D]"
+        )
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"attend: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} disagree: wanted the same B and D, "
+            "as many keys as values, and query heads a multiple of kv heads"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attend: q is {q.dtype}, k {k.dtype}, v {v.dtype}: wanted one type")
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise ValueError(f"attend: sinks are {tuple(sinks.shape)}, wanted ({q.shape[1]},), one logit a query head")
+    if q_sink is not None and q_sink.shape != q.shape:
+        raise ValueError(f"attend: q_sink is {tuple(q_sink.shape)}, wanted the shape of q, {tuple(q.shape)}")
+
+
+def _check_positions(name: str, pos: Tensor, batch: int, length: int) -> None:
+    if pos.dim() != 2 or pos.shape[0] not in (1, batch) or pos.shape[1] != length or pos.dtype != torch.int64:
+        raise ValueError(
+            f"attend: {name} is {pos.dtype} of shape {tuple(pos.shape)}, wanted int64 [1, {length}] or [{batch}, {length}]"
+        )

@@ -1,0 +1,8 @@
+"""Rolling caches: which keys a layer sees, where they are kept, and who knows the time."""
+
+from longburn.cache.manager import CacheManager
+from longburn.cache.rolling import KeyValues, RollingKVCache
+from longburn.cache.step import Run, Step
+from longburn.cache.window import AttnWindow, WindowPolicy
+
+__all__ = ["AttnWindow", "CacheManager", "KeyValues", "RollingKVCache", "Run", "Step", "WindowPolicy"]

@@ -1,0 +1,366 @@
+"""One layer's keys and values, over a ring of slots or a buffer that grows."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longburn.cache.step import Run, Step
+from longburn.cache.window import AttnWindow
+from longburn.kernels.attend import Known
+
+PAGE = 256  # tokens; a growing buffer is a multiple of it
+
+
+class KeyValues(NamedTuple):
+    """What a layer attends to: keys and values `[B, K, S, D]`, their positions `[B|1, S]` (-1: empty), in slot order."""
+
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    known: tuple[Known, ...] | None
+
+
+class RollingKVCache:
+    """Keys and values of one layer, with the position of each.
+
+    The slot is a function of the position p: `p` if `p < sink_tokens`, else `sink_tokens + (p - sink_tokens) % ring`.
+    Nothing is ever moved: a later token overwrites the slot of the one that left the window, and a token written again
+    lands on its own slot. A layer without a window never wraps: it grows by pages, or has a fixed capacity and raises
+    when that is full.
+
+    Args:
+        batch: rows B.
+        kv_heads: K.
+        head_dim: D of keys and values.
+        window: the layer's window; its size and sink tokens set the geometry.
+        capacity: slots. For a windowed layer at least `sink_tokens + size` (the default); what is beyond is *slack*,
+            which lets chunks of up to `slack + 1` tokens be written in place and as many be taken back. For a layer
+            without a window: a fixed number of positions; None (default) grows without end.
+        dtype, device: of keys and values.
+
+    Raises:
+        ValueError: the capacity cannot hold the window, or the window sees later keys.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        window: AttnWindow | None = None,
+        capacity: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        window = window or AttnWindow()
+        if not window.streams:
+            raise ValueError(f"RollingKVCache: lookahead {window.lookahead}: a cache cannot hold keys that are yet to come")
+        need = 1 if window.size is None else window.sink_tokens + window.size
+        if capacity is not None and capacity < need:
+            raise ValueError(
+                f"RollingKVCache: capacity {capacity} is below {need} "
+                f"(sink_tokens {window.sink_tokens} + window {window.size}); give at least that many slots"
+            )
+        self.window = window
+        self.batch = batch
+        self.fixed = capacity is not None or window.size is not None
+        self.slots = (capacity or need) if self.fixed else 0
+        self._shape = (kv_heads, head_dim)
+        self._k, self._v, self._pos = self._allocate(self.slots, dtype, torch.device(device))
+        self._end: list[int] | None = [0]  # by row (or one for all): positions 0 .. end - 1 are written; None: not known
+        self._high: list[int] = [0]  # the most that `_end` has been since the row was cleared
+
+    # --- what it holds -----------------------------------------------------------------------------------------------
+
+    @property
+    def ring(self) -> int | None:
+        """Slots that are reused; None if none are."""
+        return None if self.window.size is None else self.slots - self.window.sink_tokens
+
+    @property
+    def slack(self) -> int:
+        """Slots beyond kept sink tokens and window."""
+        return 0 if self.window.size is None else self.slots - self.window.sink_tokens - self.window.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and positions: `2 * B * K * (slots + 1) * D * itemsize + 8 * rows * (slots + 1)`.
+
+        The one slot beyond `slots` takes the writes of columns that hold no token.
+        """
+        return self._k.nbytes + self._v.nbytes + self._pos.nbytes
+
+    @property
+    def positions(self) -> Tensor:
+        """The position in every slot, `[B|1, slots]`; -1 where there is none."""
+        return self._pos[:, : self.slots]
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def update(self, k: Tensor, v: Tensor, positions: Step | Tensor) -> KeyValues:
+        """Write this call's keys and values (`[B, K, T, D]`) and return all that its queries may need to see.
+
+        Positions `[B|1, T]` go on where the row stands, or write again what it holds; -1 is written nowhere.
+        A chunk that would push out keys its own first queries still see is attended to together with the old keys, before
+        any of them is overwritten.
+
+        Raises:
+            ValueError: shapes or types disagree with the cache, a fixed capacity is full, or positions lie so far back
+                that keys of their windows are gone. Nothing is written then.
+        """
+        step = Step.of(positions)
+        self._check(k, v, step)
+        self._reserve(step)
+        runs = self._known_runs(step)
+        if runs is None:
+            self._forget(step)
+            return self._update_by_position(k, v, step)
+        self._check_restart(runs)
+        self._widen(len(runs))
+        by_slices = len(runs) == 1 or k.device.type == "cpu"
+        if by_slices and all(self._in_place(run) for run in runs):
+            return self._update_in_place(k, v, step, runs)
+        if len(runs) == 1:
+            return self._update_past_window(k, v, step, runs[0])
+        self._note(runs)
+        return self._update_by_position(k, v, step)
+
+    def _update_in_place(self, k: Tensor, v: Tensor, step: Step, runs: Sequence[Run]) -> KeyValues:
+        for b, run in enumerate(runs):
+            rows = slice(None) if len(runs) == 1 else slice(b, b + 1)
+            self._write(k, v, step, run, rows, run.start)
+        self._note(runs)
+        n = max(self._filled(b) for b in range(len(runs)))
+        known = tuple(self._known(b, run) for b, run in enumerate(runs))
+        complete = tuple(one for one in known if one is not None)
+        return KeyValues(
+            self._k[:, :, :n], self._v[:, :, :n], self._pos[:, :n], complete if len(complete) == len(known) else None
+        )
+
+    def _update_past_window(self, k: Tensor, v: Tensor, step: Step, run: Run) -> KeyValues:
+        """A chunk beyond the slack: the old keys in order, then the new ones; written only after that."""
+        assert self.window.size is not None
+        sinks = self.window.sink_tokens
+        low = max(run.start - self.window.size + 1, sinks)
+        old = [slice(0, min(sinks, run.start)), *self._slot_slices(low, run.start)]
+        new = slice(run.offset, run.offset + run.count)
+        keys = torch.cat([*(self._k[:, :, s] for s in old), k[:, :, new]], 2)
+        values = torch.cat([*(self._v[:, :, s] for s in old), v[:, :, new]], 2)
+        pos = torch.cat([*(self._pos[:, s] for s in old), step.positions[:, new]], 1)
+        self._write(k, v, step, run, slice(None), max(run.start, run.end - (self.ring or 0)))
+        self._note([run])
+        head, first = (0, 0) if low == sinks else (sinks, low)
+        known = Known(run.start, run.count, keys.shape[2], head, first, True, run.offset)
+        return KeyValues(keys, values, pos, (known,))
+
+    def _update_by_position(self, k: Tensor, v: Tensor, step: Step) -> KeyValues:
+        """Any positions at all, by arithmetic on the device."""
+        T, sinks, ring = step.length, self.window.sink_tokens, self.ring
+        if step.positions.shape[0] > 1:
+            self._widen(self.batch)
+        pos = step.positions.expand(self._pos.shape[0], T)
+        kept, slot = pos >= 0, pos
+        if ring is not None:
+            slot = torch.where(pos < sinks, pos, sinks + (pos - sinks) % ring)
+            if ring < T:
+                kept = kept & ((pos < sinks) | (pos > pos.amax(1, keepdim=True) - ring))
+        slot = torch.where(kept, slot, self.slots)
+        n = self.slots
+        if ring is None or self.slack + 1 >= T:
+            self._scatter(k, v, pos, slot)
+            return KeyValues(self._k[:, :, :n], self._v[:, :, :n], self._pos[:, :n], None)
+        first = torch.where(pos >= 0, pos, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
+        old = torch.where(self._pos[:, :n] < first, self._pos[:, :n], -1)
+        result = KeyValues(
+            torch.cat([self._k[:, :, :n], k], 2), torch.cat([self._v[:, :, :n], v], 2), torch.cat([old, pos], 1), None
+        )
+        self._scatter(k, v, pos, slot)
+        return result
+
+    def _scatter(self, k: Tensor, v: Tensor, pos: Tensor, slot: Tensor) -> None:
+        if slot.shape[0] == 1:
+            self._k.index_copy_(2, slot[0], k)
+            self._v.index_copy_(2, slot[0], v)
+        else:
+            index = slot[:, None, :, None].expand(k.shape)
+            self._k.scatter_(2, index, k)
+            self._v.scatter_(2, index, v)
+        self._pos.scatter_(1, slot, pos)
+
+    def _write(self, k: Tensor, v: Tensor, step: Step, run: Run, rows: slice, start: int) -> None:
+        """Write the run's kept sink tokens, and its positions from `start` on, into their slots."""
+        spans = [(run.start, min(run.end, self.window.sink_tokens))] if start > run.start else []
+        for low, high in [*spans, (start, run.end)]:
+            column = run.offset + low - run.start
+            for slots in self._slot_slices(low, high):
+                columns = slice(column, column + slots.stop - slots.start)
+                self._k[rows, :, slots] = k[rows, :, columns]
+                self._v[rows, :, slots] = v[rows, :, columns]
+                self._pos[rows if self._pos.shape[0] > 1 else slice(None), slots] = step.positions[
+                    rows if step.positions.shape[0] > 1 else slice(None), columns
+                ]
+                column = columns.stop
+
+    def _slot_slices(self, low: int, high: int) -> list[slice]:
+        """The slots of the positions `low .. high - 1` (at most one turn of the ring), in the order of the positions."""
+        sinks, ring = self.window.sink_tokens, self.ring
+        if ring is None:
+            return [slice(low, high)] if low < high else []
+        slices = [slice(low, min(high, sinks))] if low < min(high, sinks) else []
+        low = max(low, sinks)
+        if low < high:
+            a = (low - sinks) % ring
+            first = min(high - low, ring - a)
+            slices.append(slice(sinks + a, sinks + a + first))
+            if first < high - low:
+                slices.append(slice(sinks, sinks + high - low - first))
+        return slices
+
+    # --- what the host knows -----------------------------------------------------------------------------------------
+
+    def _known_runs(self, step: Step) -> tuple[Run, ...] | None:
+        """The step's runs, one for all rows or one a row, if every row goes on from positions that are all written."""
+        if step.runs is None or self._end is None:
+            return None
+        runs = step.runs
+        if len(runs) != len(self._end) and len(runs) == 1:
+            runs = runs * self.batch
+        ends = self._end * len(runs) if len(self._end) == 1 else self._end
+        return runs if all(run.count == 0 or run.start <= end for run, end in zip(runs, ends, strict=True)) else None
+
+    def _in_place(self, run: Run) -> bool:
+        return self.ring is None or run.end <= self.slots or run.count <= self.slack + 1
+
+    def _filled(self, b: int) -> int:
+        """Leading slots that row b has filled, not counting positions that were taken back."""
+        assert self._end is not None
+        return self.slots if self._high[b] > self.slots else self._end[b]
+
+    def _known(self, b: int, run: Run) -> Known | None:
+        """What row b holds after its run was written, if it is one stretch of positions."""
+        assert self._end is not None
+        end, high = self._end[b], self._high[b]
+        start = run.start if run.count else end
+        if high <= self.slots:
+            return Known(start, run.count, end, 0, 0, True, run.offset)
+        if end < high:  # taken back: slots of later positions stand between the others
+            return None
+        assert self.ring is not None
+        return Known(start, run.count, self.slots, self.window.sink_tokens, high - self.ring, False, run.offset)
+
+    def _note(self, runs: Sequence[Run]) -> None:
+        assert self._end is not None
+        for b, run in enumerate(runs):
+            if run.count:
+                self._end[b] = run.end
+                self._high[b] = max(self._high[b], run.end)
+
+    def _forget(self, step: Step) -> None:
+        """From here on the host does not know which positions the rows hold, at most how far they reach."""
+        self._end = None
+        if step.bound is not None:
+            self._high = [max(high, step.bound) for high in self._high]
+
+    def _widen(self, rows: int) -> None:
+        """From one clock for all rows to one a row."""
+        if rows > 1 and self._pos.shape[0] == 1:
+            self._pos = self._pos.expand(self.batch, -1).clone()
+        if rows > len(self._high):
+            self._end = None if self._end is None else self._end * rows
+            self._high = self._high * rows
+
+    # --- going back --------------------------------------------------------------------------------------------------
+
+    def earliest_restart(self, row: int) -> int:
+        """The lowest position at which the row can go on with its whole window still there."""
+        high = self._high[row if len(self._high) > 1 else 0]
+        return 0 if high <= self.slots else high - self.slack - 1
+
+    def truncate(self, positions: Sequence[int]) -> None:
+        """Forget every position from `positions[row]` on (one for all rows, or one a row)."""
+        self._widen(len(positions))
+        bound = torch.tensor(positions, device=self._pos.device)[:, None]
+        self._pos.masked_fill_(self._pos >= bound, -1)
+        if self._end is not None:
+            limits = list(positions) * len(self._end) if len(positions) == 1 else positions
+            self._end = [min(end, limit) for end, limit in zip(self._end, limits, strict=True)]
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Clear some rows (None: all), as if nothing had ever been written to them."""
+        if rows is None:
+            self._pos.fill_(-1)
+            self._end, self._high = [0] * len(self._high), [0] * len(self._high)
+            return
+        self._widen(self.batch)
+        for row in rows:
+            self._pos[row] = -1
+            self._high[row] = 0
+            if self._end is not None:
+                self._end[row] = 0
+
+    # --- checks and memory -------------------------------------------------------------------------------------------
+
+    def _check(self, k: Tensor, v: Tensor, step: Step) -> None:
+        wanted = (self.batch, self._shape[0], step.length, self._shape[1])
+        for name, given in (("k", k), ("v", v)):
+            if tuple(given.shape) != wanted:
+                raise ValueError(
+                    f"RollingKVCache.update: {name} is {tuple(given.shape)}, wanted {wanted} "
+                    f"(batch {wanted[0]}, kv_heads {wanted[1]}, positions {wanted[2]}, head_dim {wanted[3]})"
+                )
+            if given.dtype != self._k.dtype or given.device != self._k.device:
+                raise ValueError(
+                    f"RollingKVCache.update: {name} is {given.dtype} on {given.device}, "
+                    f"the cache {self._k.dtype} on {self._k.device}; build it with the model's dtype and device"
+                )
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            raise ValueError(
+                "RollingKVCache.update: gradients do not flow through a cache; use torch.no_grad(), or train without one"
+            )
+        if step.positions.shape[0] not in (1, self.batch):
+            raise ValueError(
+                f"RollingKVCache.update: positions have {step.positions.shape[0]} rows, wanted 1 or {self.batch}"
+            )
+
+    def _check_restart(self, runs: Sequence[Run]) -> None:
+        for row, run in enumerate(runs):
+            earliest = self.earliest_restart(row)
+            if run.count and run.start < earliest:
+                raise ValueError(
+                    f"RollingKVCache.update: row {row} goes back to position {run.start}, but its window is whole only "
+                    f"from {earliest} on (window {self.window.size}, slack {self.slack}); "
+                    "build the cache with more slack, or reset the row"
+                )
+
+    def _reserve(self, step: Step) -> None:
+        """Room for the step in a layer that never wraps."""
+        if self.ring is not None:
+            return
+        bound = step.bound
+        if bound is None:
+            if self.fixed:  # the host must not wait for the device: the device itself refuses
+                torch._assert_async((step.positions < self.slots).all(), "RollingKVCache.update: capacity exceeded")
+                return
+            bound = int(step.positions.max()) + 1
+        if bound <= self.slots:
+            return
+        if self.fixed:
+            raise ValueError(
+                f"RollingKVCache.update: position {bound - 1} does not fit a fixed capacity of {self.slots}; "
+                "give a larger max_length, a window, or no max_length so that the cache grows"
+            )
+        slots = -(-max(bound, self.slots + self.slots // 4) // PAGE) * PAGE
+        k, v, pos = self._allocate(slots, self._k.dtype, self._k.device)
+        k[:, :, : self.slots], v[:, :, : self.slots] = self._k[:, :, :-1], self._v[:, :, :-1]
+        pos = pos.expand(self._pos.shape[0], -1).clone()
+        pos[:, : self.slots] = self._pos[:, :-1]
+        self._k, self._v, self._pos, self.slots = k, v, pos, slots
+
+    def _allocate(self, slots: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        K, D = self._shape
+        shape = (self.batch, K, slots + 1, D)
+        k, v = torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
+        return k, v, torch.full((1, slots + 1), -1, dtype=torch.int64, device=device)

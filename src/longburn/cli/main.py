@@ -1,0 +1,81 @@
+"""The command's entry point: what every subcommand shares, and how each way to fail is told."""
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from longburn.cli import chat, generate, models
+from longburn.cli.options import Debug, Session
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+app = typer.Typer(
+    name="longburn",
+    help="Long-context streaming inference: generate, chat, and the models to do it with.",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.add_typer(models.app, name="models")
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"longburn {version('longburn')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+    else:
+        context.obj.command = f"longburn {context.invoked_subcommand}"
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    sys.exit(execute(arguments))
+
+
+def execute(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code. Each failure is one line on stderr.
+
+    Raises:
+        Exception: what made the command fail, with `--debug` alone.
+    """
+    session = Session()
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(arguments, prog_name="longburn", standalone_mode=False, obj=session)
+    except typer.TyperException as error:
+        return fail(f"{error.format_message()} (see '{session.command} --help')", error.exit_code)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if session.debug:
+            raise
+        return fail(describe(error), 1)
+    return code if isinstance(code, int) else 0
+
+
+def describe(error: Exception) -> str:
+    """The message of an error a user can act on; anything else also says what it is and how to see more."""
+    if isinstance(error, ValueError | OSError | ImportError | RuntimeError) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error} (run with --debug for the traceback)"
+
+
+def fail(message: str, code: int) -> int:
+    typer.echo(f"longburn: error: {' '.join(message.split())}", err=True)
+    return code

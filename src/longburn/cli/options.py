@@ -1,0 +1,215 @@
+"""The options that `generate` and `chat` share, as one frozen dataclass, and what they mean to the library."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from longburn.cache import AttnWindow
+    from longburn.generate import GenerationConfig
+    from longburn.models import LoadedModel
+    from longburn.sampling import SamplerConfig
+    from longburn.text import Tokenizer
+
+DEFAULT_SINK_TOKENS = 4
+
+MODEL, CACHE, SAMPLING, MACHINE = "Model", "Cache", "Sampling", "Machine"
+
+
+@dataclass
+class Session:
+    """What an option tells the entry point about this run of the command."""
+
+    debug: bool = False
+    command: str = "longburn"  # as typed so far, to point to its help
+
+
+def set_debug(context: typer.Context, wanted: bool) -> bool:
+    if wanted and isinstance(context.obj, Session):
+        context.obj.debug = True
+    return wanted
+
+
+Debug = Annotated[bool, typer.Option("--debug", callback=set_debug, help="Show the traceback when something fails.")]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Which model runs, how its cache rolls, and how the next token is chosen."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A name from 'longburn models', a .gguf file, or a directory in Hugging Face layout.",
+            rich_help_panel=MODEL,
+        ),
+    ] = "smollm2"
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 512
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop before this text; may be given several times.", show_default=False)
+    ] = None
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Attend to this many last tokens (the newest included) and keep no others: constant memory. "
+            "Default: all tokens.",
+            rich_help_panel=CACHE,
+        ),
+    ] = None
+    sink_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="With --window: this many first tokens stay visible for ever. Default: 4.",
+            rich_help_panel=CACHE,
+        ),
+    ] = None
+    positions: Annotated[
+        Literal["absolute", "relative"] | None,
+        typer.Option(
+            help="With --window: where the sink tokens seem to stand: at their own positions, or never farther back "
+            "than the window's edge. Default: relative, which holds for any length.",
+            rich_help_panel=CACHE,
+        ),
+    ] = None
+    chunk_size: Annotated[
+        int, typer.Option(min=1, help="Read the prompt this many tokens at a time.", rich_help_panel=CACHE)
+    ] = 512
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 always takes the likeliest token.", rich_help_panel=SAMPLING)
+    ] = 0.7
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Choose among the k likeliest tokens; 0: all.", rich_help_panel=SAMPLING)
+    ] = 0
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Choose among the likeliest tokens that reach p.", rich_help_panel=SAMPLING
+        ),
+    ] = 0.95
+    min_p: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Choose among tokens at least this likely relative to the likeliest.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens already seen become less likely.", rich_help_panel=SAMPLING)
+    ] = 1.0
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Taken off a token's logit for each time it was seen.", rich_help_panel=SAMPLING)
+    ] = 0.0
+    presence_penalty: Annotated[
+        float, typer.Option(help="Taken off a token's logit once it was seen.", rich_help_panel=SAMPLING)
+    ] = 0.0
+    seed: Annotated[int | None, typer.Option(help="The same seed draws the same text.", rich_help_panel=SAMPLING)] = (
+        None
+    )
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="Of the weights and the cache.", rich_help_panel=MACHINE),
+    ] = "float32"
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is cuda where there is one.", rich_help_panel=MACHINE)
+    ] = "auto"
+    impl: Annotated[
+        str, typer.Option(help="Implementation of attention; auto takes the fastest.", rich_help_panel=MACHINE)
+    ] = "auto"
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.", rich_help_panel=MACHINE)
+    ] = None
+    debug: Debug = False
+
+    def attn_window(self) -> "AttnWindow | None":
+        """The window that every layer gets; None for full attention."""
+        from longburn.cache import AttnWindow
+
+        if self.window is None:
+            for name, value in (("--sink-tokens", self.sink_tokens), ("--positions", self.positions)):
+                if value is not None:
+                    raise typer.BadParameter(f"{name} {value} says what happens beyond a window: give --window too")
+            return None
+        sink_tokens = DEFAULT_SINK_TOKENS if self.sink_tokens is None else self.sink_tokens
+        relative = self.positions != "absolute" and sink_tokens > 0
+        return AttnWindow(self.window, sink_tokens=sink_tokens, relative_sinks=relative)
+
+    def sampler(self) -> "SamplerConfig":
+        """How the next token is chosen. A value out of range is wrong usage."""
+        from longburn.sampling import SamplerConfig
+
+        try:
+            return SamplerConfig(
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                min_p=self.min_p,
+                repetition_penalty=self.repetition_penalty,
+                frequency_penalty=self.frequency_penalty,
+                presence_penalty=self.presence_penalty,
+                seed=self.seed,
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+
+    def generation(self, tokenizer: "Tokenizer") -> "GenerationConfig":
+        """When a reply ends, and in which pieces its prompt is read."""
+        from longburn.generate import GenerationConfig
+
+        if self.stop and "" in self.stop:
+            raise typer.BadParameter("--stop '': wanted a text, an empty one would stop at once")
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            chunk_size=self.chunk_size,
+            stop_tokens=tokenizer.stop_tokens,
+            stop_strings=tuple(self.stop or ()),
+        )
+
+    def load(self) -> "LoadedModel":
+        """Reads the model from disk, with the threads, dtype, device and window asked for."""
+        import torch
+
+        from longburn.models import load_model
+
+        window, dtype = self.attn_window(), getattr(torch, self.dtype)
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise typer.BadParameter(f"--device {self.device!r}: wanted auto, cpu, cuda, cuda:1, ...") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device {self.device}: this PyTorch ({torch.__version__}) sees no CUDA device")
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        return load_model(self.model, dtype=dtype, device=device, window=window, impl=self.impl)
+
+
+def takes(options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command one option for each field of the dataclass `options`, which is its first parameter.
+
+    Typer reads a command's options from its signature; this writes the fields into it, so that commands share them.
+    """
+    annotations = get_type_hints(options, include_extras=True)
+    shared = [
+        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=annotations[field.name])
+        for field in fields(options)
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = list(signature(command, eval_str=True).parameters.values())[1:]
+        own = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own]
+
+        def run(**values: Any) -> None:
+            command(options(**{parameter.name: values.pop(parameter.name) for parameter in shared}), **values)
+
+        run.__doc__ = command.__doc__
+        run.__signature__ = Signature([*own, *shared])  # type: ignore[attr-defined]  # inspect reads it
+        return run
+
+    return decorate

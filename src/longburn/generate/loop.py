@@ -1,0 +1,254 @@
+"""The generation loop: prompts in, tokens and text out as they are made."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from longburn.cache import CacheManager
+from longburn.generate.model import AutoregressiveModel
+from longburn.generate.stop import TextStream
+from longburn.sampling import Sampled, Sampler, SamplerConfig, TokenCounts
+
+Finish = Literal["stop_token", "stop_string", "length", "cancelled"]
+
+
+class GenerationError(RuntimeError):
+    """The model gave nothing to choose from."""
+
+
+class TokenSpeller(Protocol):
+    """What the loop needs of a tokenizer: the exact bytes of a token's text."""
+
+    def token_bytes(self, token: int) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How long to generate, and how.
+
+    Args:
+        max_new_tokens: per row.
+        chunk_size: prompt tokens per forward call; changes memory and speed, never the result.
+        stop_tokens: ids that end a row; the last event carries the id, but no text of it.
+        stop_strings: texts that end a row, found byte-exactly across token borders; they need a tokenizer.
+        logprobs: None for none, n >= 0 for the log-probability of every token and the n most likely ones.
+    """
+
+    max_new_tokens: int = 128
+    chunk_size: int = 512
+    stop_tokens: frozenset[int] = frozenset()
+    stop_strings: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.chunk_size < 1:
+            raise ValueError(
+                f"GenerationConfig: max_new_tokens {self.max_new_tokens}, chunk_size {self.chunk_size}: both at least 1"
+            )
+        object.__setattr__(self, "stop_tokens", frozenset(self.stop_tokens))
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One token of one row, in the order in which they are made.
+
+    Args:
+        row: of the batch.
+        token: its id; -1 for the last event of a row that was cancelled before its next token.
+        position: absolute position of the token in its row.
+        text: what this token makes safe to print ("" without a tokenizer): beginnings of stop strings and of unfinished
+            characters are held back, and come with a later token or with the last one.
+        finish: why the row ends with this event, or None.
+        logprob: of the token under the model itself (before temperature and filters), if asked for.
+        top: the most likely tokens and their log-probabilities, if asked for.
+    """
+
+    row: int
+    token: int
+    position: int
+    text: str = ""
+    finish: Finish | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def generate(
+    model: AutoregressiveModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    config: GenerationConfig | None = None,
+    sampler: SamplerConfig | Sequence[SamplerConfig] | None = None,
+    tokenizer: TokenSpeller | None = None,
+    cache: CacheManager | None = None,
+    on_prefill: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Iterator[TokenEvent]:
+    """Continue every prompt, and hand out each token as soon as it is made.
+
+    The prompts may differ in length. The draw of a token depends on its row's seed and on its position alone, so a row
+    gives what it would give by itself, and a stream that is resumed over its cache goes on as it would have.
+
+    Args:
+        model: the model.
+        prompts: token ids of each row; none may be empty.
+        config: lengths, stops, log-probabilities.
+        sampler: one configuration for all rows, or one for each; default greedy.
+        tokenizer: for text and stop strings.
+        cache: go on from what it holds (a conversation); default an empty one that is as long as this call needs. When the
+            loop ends, every token but each row's last one is in it.
+        on_prefill: called with (prompt tokens read, prompt tokens in all) after each chunk.
+        cancelled: asked before every forward call; True ends the rows that still run with an event "cancelled".
+
+    Returns:
+        An iterator of events. Nothing is computed before the first is asked for; arguments are checked at once.
+
+    Raises:
+        ValueError: an empty prompt, a token outside the vocabulary, too small a cache, stop strings without a tokenizer.
+        GenerationError: (while iterating) a row's logits leave no candidate.
+    """
+    config = config or GenerationConfig()
+    prompts = [list(prompt) for prompt in prompts]
+    _check_prompts(prompts, model.vocab_size)
+    if config.stop_strings and tokenizer is None:
+        raise ValueError("generate: stop_strings are found in text, so they need a tokenizer")
+    if cache is None:
+        cache = model.init_cache(len(prompts), max_length=max(map(len, prompts)) + config.max_new_tokens)
+    _check_room(prompts, cache, config.max_new_tokens)
+    # The loop reads every token on the host, so it also samples there; rows of a batch are few.
+    sampling = Sampler(sampler or SamplerConfig(temperature=0.0), batch=len(prompts), vocab_size=model.vocab_size)
+    rows = _Rows(config, tokenizer, [TextStream(config.stop_strings) for _ in prompts])
+    return _run(model, prompts, config, sampling, cache, rows, on_prefill, cancelled or (lambda: False))
+
+
+def _run(
+    model: AutoregressiveModel,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    sampler: Sampler,
+    cache: CacheManager,
+    rows: "_Rows",
+    on_prefill: Callable[[int, int], None] | None,
+    cancelled: Callable[[], bool],
+) -> Iterator[TokenEvent]:
+    counts = None
+    if sampler.uses_counts:
+        counts = TokenCounts.zeros(len(prompts), model.vocab_size)
+        counts.add_prompt(_padded(prompts))
+    live = list(range(len(prompts)))
+    positions = [start + len(prompt) for start, prompt in zip(cache.row_positions, prompts, strict=True)]
+    logits = _prefill(model, prompts, config.chunk_size, cache, on_prefill, cancelled)
+    for made in range(config.max_new_tokens):
+        if logits is None or (made and cancelled()):
+            yield from (rows.cancel(row, positions[row]) for row in live)
+            return
+        sampled = sampler(logits.cpu(), draw=torch.tensor(positions), counts=counts, logprobs=config.logprobs)
+        tokens = torch.full((len(prompts), 1), -1)
+        for row in list(live):
+            event = rows.event(row, positions[row], sampled, last=made + 1 == config.max_new_tokens)
+            if event.finish is None:
+                tokens[row] = event.token
+            else:
+                live.remove(row)
+            yield event
+        if not live:
+            return
+        for row in live:
+            positions[row] += 1
+        if counts is not None:
+            counts.add_generated(tokens)
+        with torch.no_grad():
+            logits = model.forward_logits(tokens, cache)
+
+
+def _prefill(
+    model: AutoregressiveModel,
+    prompts: list[list[int]],
+    chunk_size: int,
+    cache: CacheManager,
+    on_prefill: Callable[[int, int], None] | None,
+    cancelled: Callable[[], bool],
+) -> Tensor | None:
+    """Logits after each row's prompt, `[B, V]`, or None if it was cancelled (what was read by then is in the cache)."""
+    tokens = _padded(prompts)
+    total, final = sum(map(len, prompts)), None
+    for start in range(0, tokens.shape[1], chunk_size):
+        if cancelled():
+            return None
+        chunk = tokens[:, start : start + chunk_size]
+        with torch.no_grad():
+            logits = model.forward_logits(chunk, cache)
+        ends = [start < len(prompt) <= start + chunk_size for prompt in prompts]
+        if all(ends):
+            final = logits
+        else:
+            final = logits.clone() if final is None else final
+            rows = [row for row, end in enumerate(ends) if end]
+            final[rows] = logits[rows]
+        if on_prefill is not None:
+            on_prefill(int((tokens[:, : start + chunk_size] >= 0).sum()), total)
+    return final
+
+
+class _Rows:
+    """The text and the end of every row."""
+
+    def __init__(self, config: GenerationConfig, tokenizer: TokenSpeller | None, texts: list[TextStream]) -> None:
+        self.config, self.tokenizer, self.texts = config, tokenizer, texts
+
+    def event(self, row: int, position: int, sampled: Sampled, *, last: bool) -> TokenEvent:
+        token = int(sampled.tokens[row])
+        if token < 0:
+            raise GenerationError(
+                f"generate: row {row}, position {position}: no logit is finite or allowed; "
+                "the weights may hold NaN, or every token is banned"
+            )
+        text, finish = self._text(row, token, last)
+        logprob = None if sampled.logprobs is None else float(sampled.logprobs[row])
+        top: tuple[tuple[int, float], ...] = ()
+        if sampled.top_tokens is not None and sampled.top_logprobs is not None:
+            top = tuple(zip(sampled.top_tokens[row].tolist(), sampled.top_logprobs[row].tolist(), strict=True))
+        return TokenEvent(row, token, position, text, finish, logprob, top)
+
+    def cancel(self, row: int, position: int) -> TokenEvent:
+        return TokenEvent(row, -1, position, self.texts[row].flush(), "cancelled")
+
+    def _text(self, row: int, token: int, last: bool) -> tuple[str, Finish | None]:
+        stream = self.texts[row]
+        if token in self.config.stop_tokens:
+            return stream.flush(), "stop_token"
+        text = "" if self.tokenizer is None else stream.feed(self.tokenizer.token_bytes(token))
+        if stream.stop is not None:
+            return text, "stop_string"
+        return (text + stream.flush(), "length") if last else (text, None)
+
+
+def _check_prompts(prompts: list[list[int]], vocab_size: int) -> None:
+    if not prompts:
+        raise ValueError("generate: no prompts; give at least one row of token ids")
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"generate: the prompt of row {row} is empty; give at least one token (such as bos)")
+        wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise ValueError(f"generate: row {row} holds token {wrong}, outside the vocabulary of {vocab_size} ids")
+
+
+def _check_room(prompts: list[list[int]], cache: CacheManager, new: int) -> None:
+    if cache.batch != len(prompts):
+        raise ValueError(f"generate: {len(prompts)} prompts for a cache of {cache.batch} rows")
+    for row, (start, prompt) in enumerate(zip(cache.row_positions, prompts, strict=True)):
+        need = start + len(prompt) + new - 1
+        if cache.max_length is not None and need > cache.max_length:
+            raise ValueError(
+                f"generate: row {row} needs {need} positions ({start} held, {len(prompt)} of the prompt, {new} new), "
+                f"the cache has max_length {cache.max_length}; shorten one of them, or use a cache without max_length"
+            )
+
+
+def _padded(prompts: list[list[int]]) -> Tensor:
+    """The prompts as one `[B, T]`, with -1 where a row has ended."""
+    longest = max(map(len, prompts))
+    return torch.tensor([prompt + [-1] * (longest - len(prompt)) for prompt in prompts])

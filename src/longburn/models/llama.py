@@ -1,0 +1,290 @@
+"""The Llama family: RMSNorm, GQA with RoPE, SwiGLU, a tied or untied head (Touvron et al., arXiv 2302.13971).
+
+Checkpoints: Hugging Face's layout (`LlamaForCausalLM`) and GGUF files of the architecture `llama`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longburn.attention import Attention
+from longburn.cache import CacheManager, RollingKVCache, Step, WindowPolicy
+from longburn.generate.model import check_tokens, last_of_rows
+from longburn.kernels.linear import linear
+from longburn.nn import SwiGLU
+from longburn.rope import LinearScaling, RopeScaling, RotaryEncoding, YarnScaling
+from longburn.weights import InterleavedRows, Merge, Part, Rename, Rule, Skip, Tied
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """A model's sizes, under the names of a Hugging Face `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope: RotaryEncoding
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+        """From the dictionary of a `config.json`.
+
+        Raises:
+            ValueError: another architecture or activation, a missing key, or a rope setting that is not known.
+        """
+        _expect("model_type", config.get("model_type"), ("llama",))
+        _expect("hidden_act", config.get("hidden_act", "silu"), ("silu",))
+        heads = _need(config, "num_attention_heads")
+        hidden = _need(config, "hidden_size")
+        return cls(
+            vocab_size=_need(config, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=_need(config, "intermediate_size"),
+            num_hidden_layers=_need(config, "num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            rope=RotaryEncoding.from_config(config),
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+            attention_bias=config.get("attention_bias", False),
+            mlp_bias=config.get("mlp_bias", False),
+        )
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], *, tied: bool) -> "LlamaConfig":
+        """From the metadata of a GGUF file; `tied` if the file has no tensor `output.weight`.
+
+        Raises:
+            ValueError: another architecture, a missing key, or a rope scaling that is not known.
+        """
+        _expect("general.architecture", metadata.get("general.architecture"), ("llama",))
+        heads = _need(metadata, "llama.attention.head_count")
+        hidden = _need(metadata, "llama.embedding_length")
+        head_dim = metadata.get("llama.attention.key_length") or hidden // heads
+        context = _need(metadata, "llama.context_length")
+        tokens = metadata.get("tokenizer.ggml.tokens")
+        return cls(
+            vocab_size=metadata.get("llama.vocab_size") or len(tokens or ()),
+            hidden_size=hidden,
+            intermediate_size=_need(metadata, "llama.feed_forward_length"),
+            num_hidden_layers=_need(metadata, "llama.block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=metadata.get("llama.attention.head_count_kv") or heads,
+            head_dim=head_dim,
+            max_position_embeddings=context,
+            rope=RotaryEncoding(
+                head_dim,
+                theta=metadata.get("llama.rope.freq_base", 10000.0),
+                rotary_dim=metadata.get("llama.rope.dimension_count"),
+                scaling=_gguf_scaling(metadata, context),
+            ),
+            rms_norm_eps=_need(metadata, "llama.attention.layer_norm_rms_epsilon"),
+            tie_word_embeddings=tied,
+        )
+
+
+class LlamaBlock(nn.Module):
+    """One layer: attention and feed-forward, each behind an RMSNorm and added to the stream."""
+
+    def __init__(self, config: LlamaConfig, layer: int, policy: WindowPolicy, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.attention = Attention(
+            config.hidden_size,
+            config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            window=policy.of_layer(layer),
+            rope=config.rope,
+            qkv_bias=config.attention_bias,
+            out_bias=config.attention_bias,
+            dtype=dtype,
+        )
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, dtype=dtype)
+
+    def forward(self, x: Tensor, step: Step, cache: RollingKVCache | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), step, cache=cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nn.Module):
+    """A Llama model; implements `AutoregressiveModel`.
+
+    Args:
+        config: sizes.
+        policy: the window of every layer; default all keys everywhere, as it was trained.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, *, policy: WindowPolicy | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        policy = policy or WindowPolicy.full()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = nn.ModuleList(
+            LlamaBlock(config, layer, policy, dtype) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        if config.tie_word_embeddings:
+            self.head.weight = self.embed.weight
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of token ids."""
+        return self.config.vocab_size
+
+    @property
+    def attentions(self) -> Sequence[Attention]:
+        """The attention layers, first to last."""
+        return [layer.attention for layer in self.layers]  # type: ignore[union-attr,misc]
+
+    def init_cache(self, batch: int, *, max_length: int | None = None, slack: int = 0) -> CacheManager:
+        """Empty caches for `batch` rows of at most `max_length` positions (None: no end)."""
+        weight = self.embed.weight
+        return CacheManager(
+            batch,
+            [attention.window for attention in self.attentions],
+            kv_heads=self.config.num_key_value_heads,
+            head_dim=self.config.head_dim,
+            max_length=max_length,
+            slack=slack,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def forward_logits(
+        self, tokens: Tensor, cache: CacheManager, *, all_positions: bool = False, commit: bool = True
+    ) -> Tensor:
+        """Logits of what follows the tokens, at the cache's next positions.
+
+        Args:
+            tokens: `[B, T]` int64; -1 is no token (padding on either side, or a row that pauses; on the CPU only).
+            cache: is written to, and its clock advanced by the tokens of every row if `commit`.
+            all_positions: `[B, T, V]` instead of `[B, V]` for each row's last token.
+            commit: False leaves the clock where it was, so that the next call writes the same positions again.
+
+        Raises:
+            ValueError: a token id outside the vocabulary, or no room in the cache. Nothing is committed then.
+        """
+        check_tokens(tokens, self.vocab_size)
+        step = cache.positions(tokens)
+        x = self.embed(tokens.to(self.embed.weight.device).clamp_min(0))
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x = layer(x, step, layer_cache)
+        if not all_positions:
+            x = last_of_rows(x, step)
+        logits = linear(self.norm(x), self.head.weight)
+        if commit:
+            cache.advance(step)
+        return logits
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits `[B, T, V]` of whole sequences `[B, T]`, without a cache (training)."""
+        check_tokens(tokens, self.vocab_size)
+        step = Step.from_zero(tokens.shape[1], tokens.device)
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x, step, None)
+        return linear(self.norm(x), self.head.weight)
+
+
+def hf_rules(config: LlamaConfig) -> tuple[Rule, ...]:
+    """Names of Hugging Face's `LlamaForCausalLM`."""
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    prefix = "model.layers.{i}."
+    rules: list[Rule] = [
+        Rename("model.embed_tokens.weight", "embed.weight"),
+        Rename("model.norm.weight", "norm.weight"),
+        Tied("lm_head.weight", "head.weight") if config.tie_word_embeddings else Rename("lm_head.weight", "head.weight"),
+        Rename(prefix + "input_layernorm.weight", "layers.{i}.attention_norm.weight"),
+        Rename(prefix + "post_attention_layernorm.weight", "layers.{i}.mlp_norm.weight"),
+        Skip(prefix + "self_attn.rotary_emb.inv_freq", "the frequencies follow from the configuration"),
+    ]
+    for kind in ("weight", "bias"):
+        attention, mlp = prefix + "self_attn.{}_proj." + kind, prefix + "mlp.{}_proj." + kind
+        if kind == "weight" or config.attention_bias:
+            parts = (Part(_named(attention, "q"), q), Part(_named(attention, "k"), kv), Part(_named(attention, "v"), kv))
+            rules.append(Merge(parts, "layers.{i}.attention.qkv." + kind))
+            rules.append(Rename(_named(attention, "o"), "layers.{i}.attention.out." + kind))
+        if kind == "weight" or config.mlp_bias:
+            size = config.intermediate_size
+            rules.append(
+                Merge((Part(_named(mlp, "gate"), size), Part(_named(mlp, "up"), size)), "layers.{i}.mlp.gate_up." + kind)
+            )
+            rules.append(Rename(_named(mlp, "down"), "layers.{i}.mlp.down." + kind))
+    return tuple(rules)
+
+
+def gguf_rules(config: LlamaConfig) -> tuple[Rule, ...]:
+    """Names of GGUF's architecture `llama`, whose q and k rows are ordered for interleaved rotary pairs."""
+    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    rules: list[Rule] = [
+        Rename("token_embd.weight", "embed.weight"),
+        Rename("output_norm.weight", "norm.weight"),
+        Tied("output.weight", "head.weight") if config.tie_word_embeddings else Rename("output.weight", "head.weight"),
+        Rename("blk.{i}.attn_norm.weight", "layers.{i}.attention_norm.weight"),
+        Rename("blk.{i}.ffn_norm.weight", "layers.{i}.mlp_norm.weight"),
+        Merge(
+            (
+                Part("blk.{i}.attn_q.weight", H * D, InterleavedRows(H)),
+                Part("blk.{i}.attn_k.weight", K * D, InterleavedRows(K)),
+                Part("blk.{i}.attn_v.weight", K * D),
+            ),
+            "layers.{i}.attention.qkv.weight",
+        ),
+        Rename("blk.{i}.attn_output.weight", "layers.{i}.attention.out.weight"),
+        Merge(
+            (
+                Part("blk.{i}.ffn_gate.weight", config.intermediate_size),
+                Part("blk.{i}.ffn_up.weight", config.intermediate_size),
+            ),
+            "layers.{i}.mlp.gate_up.weight",
+        ),
+        Rename("blk.{i}.ffn_down.weight", "layers.{i}.mlp.down.weight"),
+    ]
+    return tuple(rules)
+
+
+def _named(pattern: str, part: str) -> str:
+    return pattern.replace("{}", part)
+
+
+def _need(config: Mapping[str, Any], key: str) -> Any:
+    if config.get(key) is None:
+        raise ValueError(f"LlamaConfig: the configuration has no {key!r}")
+    return config[key]
+
+
+def _expect(key: str, came: Any, known: Sequence[str]) -> None:
+    if came not in known:
+        raise ValueError(f"LlamaConfig: {key} is {came!r}, wanted {' or '.join(map(repr, known))}")
+
+
+def _gguf_scaling(metadata: Mapping[str, Any], context: int) -> RopeScaling | None:
+    kind = metadata.get("llama.rope.scaling.type", "none")
+    factor = metadata.get("llama.rope.scaling.factor", 1.0)
+    if kind == "none":
+        return None
+    if kind == "linear":
+        return LinearScaling(factor)
+    if kind == "yarn":
+        return YarnScaling(factor, metadata.get("llama.rope.scaling.original_context_length", context))
+    raise ValueError(f"LlamaConfig: llama.rope.scaling.type is {kind!r}, wanted 'none', 'linear' or 'yarn'")

@@ -1,0 +1,5 @@
+"""Small blocks that several models share."""
+
+from longburn.nn.feedforward import SwiGLU
+
+__all__ = ["SwiGLU"]

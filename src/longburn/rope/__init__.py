@@ -1,0 +1,33 @@
+"""Rotary position encodings with every published context extension, and 3-D axial ones."""
+
+from longburn.rope.axial import Coordinates, Rope3dEncoding
+from longburn.rope.pairs import Angles
+from longburn.rope.rotary import RotaryEncoding, ntk_yarn
+from longburn.rope.scaling import (
+    DynamicNtkScaling,
+    Frequencies,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    NtkScaling,
+    ProportionalScaling,
+    RopeScaling,
+    YarnScaling,
+)
+
+__all__ = [
+    "Angles",
+    "Coordinates",
+    "DynamicNtkScaling",
+    "Frequencies",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRopeScaling",
+    "NtkScaling",
+    "ProportionalScaling",
+    "Rope3dEncoding",
+    "RopeScaling",
+    "RotaryEncoding",
+    "YarnScaling",
+    "ntk_yarn",
+]

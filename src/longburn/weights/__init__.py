@@ -1,0 +1,34 @@
+"""Reads checkpoints (safetensors, GGUF) into models by rules, and keeps the models that can be fetched by name."""
+
+from longburn.weights.checkpoint import CheckpointMismatch, load_checkpoint, open_source, save_checkpoint
+from longburn.weights.gguf import GgufFile
+from longburn.weights.rules import InterleavedRows, Layout, Merge, Part, Rename, Rule, Skip, Split, Stack, Tied
+from longburn.weights.sources import CheckpointError, SafetensorsSource, TensorInfo, TensorSource
+from longburn.weights.store import ModelEntry, StoreError, available, fetch, locate
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointMismatch",
+    "GgufFile",
+    "InterleavedRows",
+    "Layout",
+    "Merge",
+    "ModelEntry",
+    "Part",
+    "Rename",
+    "Rule",
+    "SafetensorsSource",
+    "Skip",
+    "Split",
+    "Stack",
+    "StoreError",
+    "TensorInfo",
+    "TensorSource",
+    "Tied",
+    "available",
+    "fetch",
+    "load_checkpoint",
+    "locate",
+    "open_source",
+    "save_checkpoint",
+]

@@ -1,0 +1,128 @@
+"""`longburn chat`: a conversation that reads each token once."""
+
+import signal
+
+import pytest
+
+GREEDY = ("--temperature", "0", "--max-new-tokens", "9")
+QUESTIONS = ("Why is the sky blue?", "How far is the moon?", "Ça va? 🌙")
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """All token ids that the model was fed, in order, over all caches."""
+    from longburn.models.llama import Llama
+
+    ids: list[int] = []
+    forward = Llama.forward_logits
+
+    def spy(self, tokens, *arguments, **options):
+        ids.extend(tokens.flatten().tolist())
+        return forward(self, tokens, *arguments, **options)
+
+    monkeypatch.setattr(Llama, "forward_logits", spy)
+    return ids
+
+
+def lines(*turns: str) -> bytes:
+    return "".join(f"{turn}\n" for turn in turns).encode()
+
+
+def replies(out: str) -> list[str]:
+    return out.splitlines()
+
+
+def test_only_new_tokens_are_read(invoke, tiny, read) -> None:
+    from longburn.models import load_model
+
+    tokenizer = load_model(tiny).tokenizer
+    outcome = invoke("chat", "--model", tiny, *GREEDY, stdin=lines(*QUESTIONS))
+    assert outcome.code == 0
+    # What was read is the conversation itself: each question once, in the template's words.
+    text = tokenizer.decode(read, special=True)
+    assert text.count("<|im_start|>assistant\n") == len(QUESTIONS)
+    for question in QUESTIONS:
+        assert text.count(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n") == 1
+    # ... and it ends where the last figures say.
+    assert outcome.err.splitlines()[-1].endswith(f"position {len(read)}")
+
+
+def test_a_turn_answers_as_if_all_was_read_anew(invoke, tiny, read) -> None:
+    """The second reply equals that of `generate --raw` on everything that was read before it."""
+    from longburn.models import load_model
+
+    tokenizer = load_model(tiny).tokenizer
+    chat = invoke("chat", "--model", tiny, *GREEDY, "--stop", "\n", stdin=lines(*QUESTIONS[:2]))
+    transcript = tokenizer.decode(read, special=True)
+    prompt = transcript[: transcript.rindex("<|im_start|>assistant\n") + len("<|im_start|>assistant\n")]
+    anew = invoke("generate", "--model", tiny, "--raw", *GREEDY, "--stop", "\n", "--prompt", prompt)
+    assert chat.out.endswith(anew.out)
+    assert chat.out != anew.out
+
+
+def test_reset_forgets(invoke, tiny) -> None:
+    once = invoke("chat", "--model", tiny, *GREEDY, stdin=lines(QUESTIONS[0]))
+    twice = invoke("chat", "--model", tiny, *GREEDY, stdin=lines(QUESTIONS[0], "/reset", QUESTIONS[0]))
+    assert twice.out == once.out * 2
+    assert twice.err.splitlines()[-1].rpartition("cache")[2] == once.err.splitlines()[-1].rpartition("cache")[2]
+
+
+def test_exit_ends_before_the_rest(invoke, tiny) -> None:
+    once = invoke("chat", "--model", tiny, *GREEDY, stdin=lines(QUESTIONS[0]))
+    ended = invoke("chat", "--model", tiny, *GREEDY, stdin=lines("", QUESTIONS[0], "  /exit ", QUESTIONS[1]))
+    assert (ended.code, ended.out) == (0, once.out)
+
+
+def test_an_unknown_command_is_said_not_sent(invoke, tiny) -> None:
+    outcome = invoke("chat", "--model", tiny, *GREEDY, stdin=lines("/what now"))
+    assert (outcome.code, outcome.out) == (0, "")
+    assert outcome.err.startswith("no command /what: /reset")
+
+
+def test_a_window_keeps_the_cache_small_over_turns(invoke, tiny) -> None:
+    outcome = invoke("chat", "--model", tiny, *GREEDY, "--window", "16", stdin=lines(*QUESTIONS * 4))
+    sizes = {line.partition("cache ")[2].partition(",")[0] for line in outcome.err.splitlines()}
+    assert outcome.code == 0
+    assert len(sizes) == 1
+
+
+def test_a_base_model_cannot_chat(invoke, tiny_base) -> None:
+    outcome = invoke("chat", "--model", tiny_base, stdin=b"hello\n")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "no chat template" in outcome.err
+
+
+def test_interrupting_a_reply_keeps_the_conversation(invoke, tiny, read, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C after the third token: the reply ends there, the next turn goes on after it and reads nothing twice."""
+    from longburn.cli import chat
+    from longburn.models import load_model
+
+    tokenizer = load_model(tiny).tokenizer
+    made = []
+
+    class Interrupting(chat.Screen):
+        def __call__(self, text: str) -> None:
+            super().__call__(text)
+            made.append(text)
+            if len(made) == 3:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(chat, "Screen", Interrupting)
+    outcome = invoke("chat", "--model", tiny, *GREEDY, stdin=lines(*QUESTIONS[:2]))
+    assert outcome.code == 0
+    text = tokenizer.decode(read, special=True)
+    for question in QUESTIONS[:2]:
+        assert text.count(question) == 1
+    assert len(read) == int(outcome.err.split()[-1])
+    first_reply = text.partition("assistant\n")[2].partition("<|im_end|>")[0]
+    assert first_reply.startswith("".join(made[:2]))
+
+
+def test_interrupting_at_the_prompt_ends_the_command(invoke, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupt)
+    outcome = invoke("chat", "--model", tiny)
+    assert outcome.code == 130
+    assert "Traceback" not in outcome.err

@@ -1,0 +1,17 @@
+"""What every test shares."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+# The speed of a shared machine must not decide a property; the printed blob reproduces a failure anywhere.
+settings.register_profile("longburn", deadline=None, print_blob=True)
+settings.load_profile("longburn")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
