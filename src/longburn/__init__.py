@@ -1,7 +1,7 @@
 """longburn: building blocks for fast, long-context streaming inference on PyTorch.
 
-Positions travel with keys, the mask is arithmetic on positions, and streaming equals the full forward however the stream
-is cut into chunks.
+Positions travel with keys, the mask is arithmetic on positions, and streaming equals the full forward however the
+stream is cut into chunks. Models are reached by path, such as `longburn.models.llama`.
 """
 
 from importlib.metadata import version
@@ -18,7 +18,43 @@ from longburn.attention import (
 )
 from longburn.bias import Alibi, BiasPolicy, BiasTerms, DenseBias, sinks_from_per_head
 from longburn.cache import AttnWindow, CacheManager, RollingKVCache, WindowPolicy
+from longburn.generate import AutoregressiveModel, GenerationConfig, TokenEvent, generate
 from longburn.kernels.registry import ImplError, use_impl
 from longburn.rope import Rope3dEncoding, RotaryEncoding, ntk_yarn
+from longburn.sampling import Sampler, SamplerConfig, sample
+from longburn.weights import load_checkpoint
 
 __version__ = version("longburn")
+
+__all__ = [
+    "Alibi",
+    "Attention",
+    "AttnWindow",
+    "AutoregressiveModel",
+    "BiasPolicy",
+    "BiasTerms",
+    "CacheManager",
+    "CrossAttention",
+    "CrossKeyValues",
+    "DenseBias",
+    "GenerationConfig",
+    "ImplError",
+    "LinearAttention",
+    "LinearState",
+    "RollingKVCache",
+    "Rope3dEncoding",
+    "RotaryEncoding",
+    "Sampler",
+    "SamplerConfig",
+    "TokenEvent",
+    "WindowPolicy",
+    "attend",
+    "attend_with_lse",
+    "generate",
+    "load_checkpoint",
+    "merge",
+    "ntk_yarn",
+    "sample",
+    "sinks_from_per_head",
+    "use_impl",
+]

@@ -49,7 +49,10 @@ def write_model(directory: Path, *, chat_template: str | None) -> Path:
         bos_token_id=1,
         eos_token_id=2,
     )
-    LlamaForCausalLM(config).eval().save_pretrained(directory)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight[config.eos_token_id] = 0  # never the likeliest: greedy text goes on for ever
+    model.save_pretrained(directory)
     return directory
 
 
@@ -77,11 +80,18 @@ Invoke = Callable[..., Outcome]
 
 @pytest.fixture
 def invoke(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Invoke:
-    """Runs the command in this process: `invoke("generate", "--prompt", "x", stdin=b"...")`."""
+    """Runs the command in this process: `invoke("generate", "--prompt", "x", stdin=b"...", terminal=False)`."""
     from longburn.cli.main import execute
 
-    def run(*arguments: object, stdin: bytes = b"") -> Outcome:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+    class Input(io.TextIOWrapper):
+        terminal = False
+
+        def isatty(self) -> bool:
+            return self.terminal
+
+    def run(*arguments: object, stdin: bytes = b"", terminal: bool = False) -> Outcome:
+        monkeypatch.setattr(sys, "stdin", Input(io.BytesIO(stdin), encoding="utf-8"))
+        sys.stdin.terminal = terminal
         capsys.readouterr()
         code = execute([str(argument) for argument in arguments])
         out, err = capsys.readouterr()

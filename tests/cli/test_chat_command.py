@@ -28,10 +28,6 @@ def lines(*turns: str) -> bytes:
     return "".join(f"{turn}\n" for turn in turns).encode()
 
 
-def replies(out: str) -> list[str]:
-    return out.splitlines()
-
-
 def test_only_new_tokens_are_read(invoke, tiny, read) -> None:
     from longburn.models import load_model
 
@@ -48,16 +44,18 @@ def test_only_new_tokens_are_read(invoke, tiny, read) -> None:
 
 
 def test_a_turn_answers_as_if_all_was_read_anew(invoke, tiny, read) -> None:
-    """The second reply equals that of `generate --raw` on everything that was read before it."""
+    from longburn.generate import GenerationConfig, generate
     from longburn.models import load_model
 
-    tokenizer = load_model(tiny).tokenizer
-    chat = invoke("chat", "--model", tiny, *GREEDY, "--stop", "\n", stdin=lines(*QUESTIONS[:2]))
-    transcript = tokenizer.decode(read, special=True)
-    prompt = transcript[: transcript.rindex("<|im_start|>assistant\n") + len("<|im_start|>assistant\n")]
-    anew = invoke("generate", "--model", tiny, "--raw", *GREEDY, "--stop", "\n", "--prompt", prompt)
-    assert chat.out.endswith(anew.out)
-    assert chat.out != anew.out
+    loaded = load_model(tiny)
+    chat = invoke("chat", "--model", tiny, *GREEDY, stdin=lines(*QUESTIONS[:2]))
+    begin = loaded.tokenizer.encode("<|im_start|>assistant\n")
+    end = max(i for i in range(len(read)) if read[i - len(begin) : i] == begin)
+    config = GenerationConfig(max_new_tokens=9, stop_tokens=loaded.tokenizer.stop_tokens)
+    events = generate(loaded.model, [read[:end]], config=config, tokenizer=loaded.tokenizer)
+    anew = "".join(event.text for event in events)
+    assert chat.out.rstrip("\n").endswith(anew)
+    assert len(anew) > 3
 
 
 def test_reset_forgets(invoke, tiny) -> None:

@@ -1,6 +1,8 @@
 """`longburn generate`: what it prints, where, and what it says to bad input."""
 
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ def test_tokens_are_those_of_transformers(invoke, tiny) -> None:
         reply = as_json(invoke, tiny, "--prompt", PROMPT, flag, *GREEDY, "--chunk-size", "5")
         assert reply["tokens"] == [token for token in wanted if token != 2]
         assert reply["stats"]["prompt_tokens"] == ids.shape[1]
-        assert reply["text"] == tokenizer.decode(reply["tokens"])
+        assert reply["text"] == tokenizer.decode(reply["tokens"], skip_special_tokens=True)
 
 
 def test_streams_text_to_stdout_and_figures_to_stderr(invoke, tiny) -> None:
@@ -107,6 +109,57 @@ def test_a_stop_string_ends_the_text_before_it(invoke, tiny) -> None:
     assert reply["text"] == whole[: whole.index(stop)]
 
 
+def test_a_stop_token_ends_the_text_and_is_left_out(invoke, tiny, tmp_path: Path) -> None:
+    tokens = as_json(invoke, tiny, "--prompt", PROMPT, *GREEDY)["tokens"]
+    model = damage(tiny, tmp_path)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [299, tokens[4]]}))
+    reply = as_json(invoke, model, "--prompt", PROMPT, *GREEDY)
+    assert reply["finish"] == "stop_token"
+    assert reply["tokens"] == tokens[: tokens.index(tokens[4])]
+
+
+@pytest.mark.parametrize("flags", [("--json",), ()])
+def test_ctrl_c_ends_after_the_token_in_work(invoke, tiny, monkeypatch: pytest.MonkeyPatch, flags) -> None:
+    from longburn.models.llama import Llama
+
+    whole = as_json(invoke, tiny, "--prompt", PROMPT, *GREEDY)
+    forward, calls = Llama.forward_logits, []
+
+    def interrupted(self, tokens, *arguments, **options):
+        calls.append(tokens)
+        if len(calls) == 6:
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, tokens, *arguments, **options)
+
+    monkeypatch.setattr(Llama, "forward_logits", interrupted)
+    outcome = invoke("generate", "--model", tiny, "--prompt", PROMPT, *GREEDY, *flags)
+    assert outcome.code == 130
+    assert outcome.out.endswith("\n")
+    if flags:
+        reply = json.loads(outcome.out)
+        assert (reply["tokens"], reply["finish"]) == (whole["tokens"][:5], "cancelled")
+    else:
+        assert whole["text"].startswith(outcome.out[:-2])
+        assert len(outcome.out) > 3
+    assert outcome.err.startswith("prefill ")
+
+
+def test_ctrl_c_while_the_prompt_is_read(invoke, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longburn.models.llama import Llama
+
+    forward = Llama.forward_logits
+
+    def interrupted(self, *arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(Llama, "forward_logits", interrupted)
+    outcome = invoke("generate", "--model", tiny, "--prompt", PROMPT, "--chunk-size", "5")
+    assert (outcome.code, outcome.out) == (130, "")
+    assert outcome.err.startswith("prefill 5 tokens at ")
+    assert outcome.err.endswith(", decode 0 tokens at 0.0 tokens/s, cache 0.1 MiB, position 5\n")
+
+
 def test_raw_is_the_default_without_a_chat_template(invoke, tiny_base) -> None:
     default, raw = (as_json(invoke, tiny_base, "--prompt", PROMPT, *GREEDY, *flags) for flags in ((), ("--raw",)))
     assert default["tokens"] == raw["tokens"]
@@ -116,9 +169,9 @@ def test_raw_is_the_default_without_a_chat_template(invoke, tiny_base) -> None:
 
 
 USAGE = [
-    (("--window", "0"), "--window"),
-    (("--window", "-3"), "--window"),
-    (("--window", "many"), "'many'"),
+    (("--window", "0"), "'--window': Input should be greater than or equal to 1, got '0'"),
+    (("--window", "-3"), "got '-3'"),
+    (("--window", "many"), "got 'many'"),
     (("--window", "8", "--sink-tokens", "-1"), "--sink-tokens"),
     (("--sink-tokens", "4"), "--sink-tokens 4 says what happens beyond a window: give --window too"),
     (("--positions", "absolute"), "give --window too"),
@@ -161,17 +214,14 @@ def test_an_empty_prompt_is_wrong_usage(invoke, tiny, arguments, stdin) -> None:
     assert "is empty" in outcome.err
 
 
-def test_no_prompt_on_a_terminal_is_wrong_usage(invoke, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("io.TextIOWrapper.isatty", lambda self: True, raising=False)
-    outcome = invoke("generate", "--model", tiny)
+def test_no_prompt_on_a_terminal_is_wrong_usage(invoke, tiny) -> None:
+    outcome = invoke("generate", "--model", tiny, terminal=True)
     assert outcome.code == 2
     assert "no prompt: give --prompt or --prompt-file, or pipe text into stdin" in outcome.err
 
 
 def damage(directory: str, to: Path, **changes) -> Path:
     """A copy of the model with keys of config.json changed; None removes one."""
-    import shutil
-
     copy = to / "copy"
     shutil.copytree(directory, copy)
     config = json.loads((copy / "config.json").read_text()) | changes

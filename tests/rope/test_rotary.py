@@ -231,6 +231,38 @@ def test_nothing_is_kept_from_a_trace() -> None:
     assert torch.device("meta") in rope._signed._copies
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("rope", [RotaryEncoding(16, rotary_dim=12), Rope3dEncoding(16, (2, 3))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cuda_graph_rotates_by_the_positions_of_its_replay(rope, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 5, 16, device="cuda").to(dtype)
+    positions = torch.arange(5, device="cuda")[None].repeat(2, 1)
+    rotate_at(rope, x, positions)  # leaves the frequencies on the device
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rotated = rotate_at(rope, x, positions)
+    positions.add_(10_000_000)
+    graph.replay()
+    # The tables agree to float32; what is left is the rounding of the result.
+    expected = rotate_at(rope, x.cpu(), positions.cpu())
+    torch.testing.assert_close(rotated.cpu(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("warm", [False, True])
+def test_inductor_on_cuda(warm: bool) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(rotate_at, fullgraph=True, mode="reduce-overhead")
+    for rope in (RotaryEncoding(16), RotaryEncoding(16, theta=99.0, interleaved=True)):
+        x = torch.randn(2, 3, 5, 16, device="cuda")
+        for start in (0, 7, 10_000_000):
+            positions = torch.arange(5, device="cuda")[None] + start
+            expected = rotate_at(rope, x.cpu(), positions.cpu())
+            if warm:
+                rope.angles(positions)
+            torch.testing.assert_close(compiled(rope, x, positions).cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_is_a_value() -> None:
     rope = ntk_yarn(64, theta=150_000.0, factor=32.0, original_context=4096)
     again = ntk_yarn(64, theta=150_000.0, factor=32.0, original_context=4096)

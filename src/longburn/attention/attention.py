@@ -89,7 +89,8 @@ class Attention(nn.Module):
 
         Args:
             x: `[B, T, M]`.
-            positions: of x, `[B|1, T]` int64 (-1: no token), or the step that a `CacheManager` handed out (which also lets
+            positions: of x, `[B|1, T]` int64 (-1: no token), or the step that a `CacheManager` handed out (which also
+            lets
                 the layers of a model share what they derive from it). Default without a cache: `0 .. T - 1`.
             cache: this layer's; x is written to it. None: x is all there is.
             bias: a policy, or a tensor `[B|1, H|1, T, P]` whose columns are the absolute key positions `0 .. P - 1`.
@@ -108,7 +109,7 @@ class Attention(nn.Module):
             if self._distance_is_clamped(step):
                 q_sink = self.rope.rotate(qk[:, : self.heads], self._sink_angles(step, x.dtype))
             qk = self.rope.rotate(qk, self._angles(step, x.dtype))
-        q, k = qk.split([self.heads, self.kv_heads], 1)
+        q, k = qk[:, : self.heads], qk[:, self.heads :]
         if cache is None:
             k_pos, known = step.positions, _of_self(step)
         else:
@@ -129,13 +130,12 @@ class Attention(nn.Module):
         return linear(out.transpose(1, 2).reshape(B, T, -1), self.out.weight, self.out.bias)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k, normed and scaled but not yet rotated, as the heads of one tensor `[B, H + K, T, D]`; v `[B, K, T, D]`."""
+        """q and k, normed and scaled but not yet rotated, as heads of one tensor `[B, H + K, T, D]`; v `[B, K, T, D]`."""
         B, T, _ = x.shape
         fused = linear(x, self.qkv.weight, self.qkv.bias).view(B, T, -1, self.head_dim).transpose(1, 2)
-        qk, v = fused.split([self.heads + self.kv_heads, self.kv_heads], 1)
+        qk, v = fused[:, : -self.kv_heads], fused[:, -self.kv_heads :]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = qk.split([self.heads, self.kv_heads], 1)
-            qk = torch.cat([self.q_norm(q), self.k_norm(k)], 1)
+            qk = torch.cat([self.q_norm(qk[:, : self.heads]), self.k_norm(qk[:, self.heads :])], 1)
         return (qk * math.sqrt(self.scale) if self.prescale else qk), v
 
     def _step(
@@ -181,6 +181,6 @@ class Attention(nn.Module):
 
 def _of_self(step: Step) -> tuple[Known, ...] | None:
     """What the host knows when the keys are the queries' own."""
-    if step.runs is None or len(step.runs) > 1 or step.runs[0].start or step.runs[0].count != step.length:
+    if step.runs is None or len(step.runs) > 1 or step.runs[0].start or step.runs[0].size != step.length:
         return None
     return (Known(0, step.length, step.length, 0, 0, True),)

@@ -27,8 +27,9 @@ def attend(
 ) -> Tensor:
     """Softmax attention of queries over keys that carry their positions, `[B, H, T, D]`.
 
-    The query at position p sees the key at position j iff the slot is filled (`j >= 0`), `j <= p` (or j stands in p's own
-    block), and `p - j < window.size` or `j < window.sink_tokens`. A query that sees nothing, or has position -1, gives 0.
+    The query at position p sees the key at position j iff the slot is filled (`j >= 0`), `j <= p` (or j stands in p's
+    own block), and `p - j < window.size` or `j < window.sink_tokens`. A query that sees nothing, or has position -1,
+    gives 0.
 
     Args:
         q: queries `[B, H, T, D]`.
@@ -153,5 +154,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, q_sink: Tensor
 def _check_positions(name: str, pos: Tensor, batch: int, length: int) -> None:
     if pos.dim() != 2 or pos.shape[0] not in (1, batch) or pos.shape[1] != length or pos.dtype != torch.int64:
         raise ValueError(
-            f"attend: {name} is {pos.dtype} of shape {tuple(pos.shape)}, wanted int64 [1, {length}] or [{batch}, {length}]"
+            f"attend: {name} is {pos.dtype} of shape {tuple(pos.shape)}, "
+            f"wanted int64 [1, {length}] or [{batch}, {length}]"
         )

@@ -85,7 +85,13 @@ class CrossAttention(nn.Module):
         return CrossKeyValues(k, v, pos if mask is None else torch.where(mask, pos, -1))
 
     def forward(self, x: Tensor, context: Tensor | CrossKeyValues, *, bias: Tensor | None = None) -> Tensor:
-        """`[B, T, M]` to `[B, T, M]`. The context is a tensor, or what `keys_values` made of it; a bias is `[B|1, H|1, T, S]`."""
+        """`[B, T, M]` to `[B, T, M]`.
+
+        Args:
+            x: the queries' tokens.
+            context: a tensor `[B, S, context_dim]`, or what `keys_values` made of it.
+            bias: added to the scores, `[B|1, H|1, T, S]`.
+        """
         B, T, _ = x.shape
         k, v, k_pos = context if isinstance(context, CrossKeyValues) else self.keys_values(context)
         q = linear(x, self.q.weight, self.q.bias).view(B, T, self.heads, self.head_dim).transpose(1, 2)

@@ -1,7 +1,7 @@
 """Linear attention (Katharopoulos et al., arXiv 2006.16236): a kernel feature map instead of the softmax.
 
-`o_i = phi(q_i) M / (phi(q_i) z + eps)` with `M = sum_j phi(k_j) v_j^T` and `z = sum_j phi(k_j)`, over all tokens or, when
-causal, over those up to i. M and z are all that a stream has to remember.
+`o_i = phi(q_i) M / (phi(q_i) z + eps)` with `M = sum_j phi(k_j) v_j^T` and `z = sum_j phi(k_j)`, over all tokens or,
+when causal, over those up to i. M and z are all that a stream has to remember.
 """
 
 import torch
@@ -85,7 +85,8 @@ class LinearAttention(nn.Module):
         Args:
             x: the tokens.
             positions: for rope, `[B|1, T]`, default `0 .. T - 1`; -1 is no token.
-            mask: bool `[B, T]`, True where there is a token (default: where positions are not -1). What is masked may be NaN.
+            mask: bool `[B, T]`, True where there is a token (default: where positions are not -1). What is masked may
+            be NaN.
             state: of a causal stream; x is added to it. None: x is all there is.
 
         Raises:
@@ -93,9 +94,13 @@ class LinearAttention(nn.Module):
         """
         B, T, _ = x.shape
         if state is not None and not self.causal:
-            raise ValueError("LinearAttention: a bidirectional layer sees later tokens and cannot stream; state wants causal")
+            raise ValueError(
+                "LinearAttention: a bidirectional layer sees later tokens and cannot stream; state wants causal"
+            )
         if state is not None and positions is None and self.rope is not None:
-            raise ValueError("LinearAttention: rope over a stream needs positions; take them from CacheManager.positions")
+            raise ValueError(
+                "LinearAttention: rope over a stream needs positions; take them from CacheManager.positions"
+            )
         wide = torch.promote_types(x.dtype, torch.float32)
         step = Step.of(torch.arange(T, device=x.device)[None] if positions is None else positions, read=False)
         held = step.positions >= 0 if mask is None else mask & (step.positions >= 0)

@@ -10,8 +10,8 @@ from longburn.kernels.attend import BiasTerms
 class DenseBias:
     """A bias given as a tensor `[B|1, H|1, T, P]`: a row for each query of the call, a column for each key *position*.
 
-    Columns go by absolute position, `first, first + 1, ...`, and are looked up by the positions that come with the keys,
-    so the order of a ring cannot misalign them. Gradients flow into it.
+    Columns go by absolute position, `first, first + 1, ...`, and are looked up by the positions that come with the
+    keys, so the order of a ring cannot misalign them. Gradients flow into it.
 
     Args:
         values: the bias.
@@ -39,7 +39,9 @@ class DenseBias:
         message = f"DenseBias: a key stands at a position outside the columns {self.first} .. {self.first + P - 1}"
         if outside.device.type == "cpu":
             if bool(outside.any()):
-                raise ValueError(f"{message} (position {int(context.k_pos[outside][0])}); give a column for every key seen")
+                raise ValueError(
+                    f"{message} (position {int(context.k_pos[outside][0])}); give a column for every key seen"
+                )
         else:
             torch._assert_async(~outside.any(), message)
         column = column.clamp(0, P - 1)

@@ -104,12 +104,12 @@ class CacheManager(Sequence[RollingKVCache]):
         for row, run in enumerate(runs):
             if self.max_length is not None and run.end > self.max_length:
                 raise ValueError(
-                    f"CacheManager.positions: {run.count} tokens from position {run.start} of row {row} pass max_length "
+                    f"CacheManager.positions: {run.size} tokens from position {run.start} of row {row} pass max_length "
                     f"{self.max_length}; make the cache longer, or give it no max_length"
                 )
         ids = torch.full((rows, length), -1, dtype=torch.int64)
         for row, run in enumerate(runs):
-            ids[row, run.offset : run.offset + run.count] = torch.arange(run.start, run.end)
+            ids[row, run.offset : run.offset + run.size] = torch.arange(run.start, run.end)
         return Step(ids.to(self._device), runs, max(run.end for run in runs))
 
     def _counts(self, tokens: int | Tensor) -> tuple[list[int], int, list[int]]:
@@ -125,7 +125,8 @@ class CacheManager(Sequence[RollingKVCache]):
         for row, columns in enumerate(held):
             if columns and columns[-1] - columns[0] + 1 != len(columns):
                 raise ValueError(
-                    f"CacheManager.positions: row {row} has padding (-1) between its tokens; pad on the left or the right"
+                    f"CacheManager.positions: row {row} has padding (-1) between its tokens; "
+                    "pad on the left or on the right"
                 )
         return [len(columns) for columns in held], T, [columns[0] if columns else 0 for columns in held]
 
@@ -138,7 +139,7 @@ class CacheManager(Sequence[RollingKVCache]):
         else:
             runs = step.runs * self.batch if len(step.runs) == 1 else step.runs
             nexts = self.row_positions
-            self._next = [run.end if run.count else at for run, at in zip(runs, nexts, strict=True)]
+            self._next = [run.end if run.size else at for run, at in zip(runs, nexts, strict=True)]
 
     def rewind(self, tokens: int | Sequence[int]) -> None:
         """Take back the last `tokens` positions of every row, or a number for each row.

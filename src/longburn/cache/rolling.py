@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longburn.cache.extent import Extent
 from longburn.cache.step import Run, Step
 from longburn.cache.window import AttnWindow
 from longburn.kernels.attend import Known
@@ -14,7 +15,7 @@ PAGE = 256  # tokens; a growing buffer is a multiple of it
 
 
 class KeyValues(NamedTuple):
-    """What a layer attends to: keys and values `[B, K, S, D]`, their positions `[B|1, S]` (-1: empty), in slot order."""
+    """What a layer attends to: keys and values `[B, K, S, D]` and their positions `[B|1, S]` (-1: empty)."""
 
     k: Tensor
     v: Tensor
@@ -57,7 +58,9 @@ class RollingKVCache:
     ) -> None:
         window = window or AttnWindow()
         if not window.streams:
-            raise ValueError(f"RollingKVCache: lookahead {window.lookahead}: a cache cannot hold keys that are yet to come")
+            raise ValueError(
+                f"RollingKVCache: lookahead {window.lookahead}: a cache cannot hold keys that are yet to come"
+            )
         need = 1 if window.size is None else window.sink_tokens + window.size
         if capacity is not None and capacity < need:
             raise ValueError(
@@ -70,8 +73,7 @@ class RollingKVCache:
         self.slots = (capacity or need) if self.fixed else 0
         self._shape = (kv_heads, head_dim)
         self._k, self._v, self._pos = self._allocate(self.slots, dtype, torch.device(device))
-        self._end: list[int] | None = [0]  # by row (or one for all): positions 0 .. end - 1 are written; None: not known
-        self._high: list[int] = [0]  # the most that `_end` has been since the row was cleared
+        self._extent = Extent()
 
     # --- what it holds -----------------------------------------------------------------------------------------------
 
@@ -104,8 +106,8 @@ class RollingKVCache:
         """Write this call's keys and values (`[B, K, T, D]`) and return all that its queries may need to see.
 
         Positions `[B|1, T]` go on where the row stands, or write again what it holds; -1 is written nowhere.
-        A chunk that would push out keys its own first queries still see is attended to together with the old keys, before
-        any of them is overwritten.
+        A chunk that would push out keys its own first queries still see is attended to together with the old keys,
+        before any of them is overwritten.
 
         Raises:
             ValueError: shapes or types disagree with the cache, a fixed capacity is full, or positions lie so far back
@@ -114,9 +116,9 @@ class RollingKVCache:
         step = Step.of(positions)
         self._check(k, v, step)
         self._reserve(step)
-        runs = self._known_runs(step)
+        runs = self._extent.runs(step, self.batch)
         if runs is None:
-            self._forget(step)
+            self._extent.forget(step.bound)
             return self._update_by_position(k, v, step)
         self._check_restart(runs)
         self._widen(len(runs))
@@ -125,20 +127,20 @@ class RollingKVCache:
             return self._update_in_place(k, v, step, runs)
         if len(runs) == 1:
             return self._update_past_window(k, v, step, runs[0])
-        self._note(runs)
+        self._extent.note(runs)
         return self._update_by_position(k, v, step)
+
+    def _in_place(self, run: Run) -> bool:
+        return self.ring is None or run.end <= self.slots or run.size <= self.slack + 1
 
     def _update_in_place(self, k: Tensor, v: Tensor, step: Step, runs: Sequence[Run]) -> KeyValues:
         for b, run in enumerate(runs):
             rows = slice(None) if len(runs) == 1 else slice(b, b + 1)
             self._write(k, v, step, run, rows, run.start)
-        self._note(runs)
-        n = max(self._filled(b) for b in range(len(runs)))
-        known = tuple(self._known(b, run) for b, run in enumerate(runs))
-        complete = tuple(one for one in known if one is not None)
-        return KeyValues(
-            self._k[:, :, :n], self._v[:, :, :n], self._pos[:, :n], complete if len(complete) == len(known) else None
-        )
+        self._extent.note(runs)
+        n = self._extent.filled(len(runs), self.slots)
+        known = self._extent.known(runs, self.slots, self.window.sink_tokens)
+        return KeyValues(self._k[:, :, :n], self._v[:, :, :n], self._pos[:, :n], known)
 
     def _update_past_window(self, k: Tensor, v: Tensor, step: Step, run: Run) -> KeyValues:
         """A chunk beyond the slack: the old keys in order, then the new ones; written only after that."""
@@ -146,14 +148,14 @@ class RollingKVCache:
         sinks = self.window.sink_tokens
         low = max(run.start - self.window.size + 1, sinks)
         old = [slice(0, min(sinks, run.start)), *self._slot_slices(low, run.start)]
-        new = slice(run.offset, run.offset + run.count)
+        new = slice(run.offset, run.offset + run.size)
         keys = torch.cat([*(self._k[:, :, s] for s in old), k[:, :, new]], 2)
         values = torch.cat([*(self._v[:, :, s] for s in old), v[:, :, new]], 2)
         pos = torch.cat([*(self._pos[:, s] for s in old), step.positions[:, new]], 1)
         self._write(k, v, step, run, slice(None), max(run.start, run.end - (self.ring or 0)))
-        self._note([run])
+        self._extent.note([run])
         head, first = (0, 0) if low == sinks else (sinks, low)
-        known = Known(run.start, run.count, keys.shape[2], head, first, True, run.offset)
+        known = Known(run.start, run.size, keys.shape[2], head, first, True, run.offset)
         return KeyValues(keys, values, pos, (known,))
 
     def _update_by_position(self, k: Tensor, v: Tensor, step: Step) -> KeyValues:
@@ -205,7 +207,7 @@ class RollingKVCache:
                 column = columns.stop
 
     def _slot_slices(self, low: int, high: int) -> list[slice]:
-        """The slots of the positions `low .. high - 1` (at most one turn of the ring), in the order of the positions."""
+        """The slots of the positions `low .. high - 1` (at most one turn of the ring), in their order."""
         sinks, ring = self.window.sink_tokens, self.ring
         if ring is None:
             return [slice(low, high)] if low < high else []
@@ -219,64 +221,11 @@ class RollingKVCache:
                 slices.append(slice(sinks, sinks + high - low - first))
         return slices
 
-    # --- what the host knows -----------------------------------------------------------------------------------------
-
-    def _known_runs(self, step: Step) -> tuple[Run, ...] | None:
-        """The step's runs, one for all rows or one a row, if every row goes on from positions that are all written."""
-        if step.runs is None or self._end is None:
-            return None
-        runs = step.runs
-        if len(runs) != len(self._end) and len(runs) == 1:
-            runs = runs * self.batch
-        ends = self._end * len(runs) if len(self._end) == 1 else self._end
-        return runs if all(run.count == 0 or run.start <= end for run, end in zip(runs, ends, strict=True)) else None
-
-    def _in_place(self, run: Run) -> bool:
-        return self.ring is None or run.end <= self.slots or run.count <= self.slack + 1
-
-    def _filled(self, b: int) -> int:
-        """Leading slots that row b has filled, not counting positions that were taken back."""
-        assert self._end is not None
-        return self.slots if self._high[b] > self.slots else self._end[b]
-
-    def _known(self, b: int, run: Run) -> Known | None:
-        """What row b holds after its run was written, if it is one stretch of positions."""
-        assert self._end is not None
-        end, high = self._end[b], self._high[b]
-        start = run.start if run.count else end
-        if high <= self.slots:
-            return Known(start, run.count, end, 0, 0, True, run.offset)
-        if end < high:  # taken back: slots of later positions stand between the others
-            return None
-        assert self.ring is not None
-        return Known(start, run.count, self.slots, self.window.sink_tokens, high - self.ring, False, run.offset)
-
-    def _note(self, runs: Sequence[Run]) -> None:
-        assert self._end is not None
-        for b, run in enumerate(runs):
-            if run.count:
-                self._end[b] = run.end
-                self._high[b] = max(self._high[b], run.end)
-
-    def _forget(self, step: Step) -> None:
-        """From here on the host does not know which positions the rows hold, at most how far they reach."""
-        self._end = None
-        if step.bound is not None:
-            self._high = [max(high, step.bound) for high in self._high]
-
-    def _widen(self, rows: int) -> None:
-        """From one clock for all rows to one a row."""
-        if rows > 1 and self._pos.shape[0] == 1:
-            self._pos = self._pos.expand(self.batch, -1).clone()
-        if rows > len(self._high):
-            self._end = None if self._end is None else self._end * rows
-            self._high = self._high * rows
-
     # --- going back --------------------------------------------------------------------------------------------------
 
     def earliest_restart(self, row: int) -> int:
         """The lowest position at which the row can go on with its whole window still there."""
-        high = self._high[row if len(self._high) > 1 else 0]
+        high = self._extent.high(row)
         return 0 if high <= self.slots else high - self.slack - 1
 
     def truncate(self, positions: Sequence[int]) -> None:
@@ -284,22 +233,22 @@ class RollingKVCache:
         self._widen(len(positions))
         bound = torch.tensor(positions, device=self._pos.device)[:, None]
         self._pos.masked_fill_(self._pos >= bound, -1)
-        if self._end is not None:
-            limits = list(positions) * len(self._end) if len(positions) == 1 else positions
-            self._end = [min(end, limit) for end, limit in zip(self._end, limits, strict=True)]
+        self._extent.truncate(positions)
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Clear some rows (None: all), as if nothing had ever been written to them."""
         if rows is None:
             self._pos.fill_(-1)
-            self._end, self._high = [0] * len(self._high), [0] * len(self._high)
-            return
-        self._widen(self.batch)
-        for row in rows:
-            self._pos[row] = -1
-            self._high[row] = 0
-            if self._end is not None:
-                self._end[row] = 0
+        else:
+            self._widen(self.batch)
+            self._pos[list(rows)] = -1
+        self._extent.reset(rows)
+
+    def _widen(self, rows: int) -> None:
+        """From one clock for all rows to one a row."""
+        if rows > 1 and self._pos.shape[0] == 1:
+            self._pos = self._pos.expand(self.batch, -1).clone()
+        self._extent.widen(rows)
 
     # --- checks and memory -------------------------------------------------------------------------------------------
 
@@ -318,7 +267,8 @@ class RollingKVCache:
                 )
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise ValueError(
-                "RollingKVCache.update: gradients do not flow through a cache; use torch.no_grad(), or train without one"
+                "RollingKVCache.update: gradients do not flow through a cache; "
+                "use torch.no_grad(), or train without one"
             )
         if step.positions.shape[0] not in (1, self.batch):
             raise ValueError(
@@ -328,7 +278,7 @@ class RollingKVCache:
     def _check_restart(self, runs: Sequence[Run]) -> None:
         for row, run in enumerate(runs):
             earliest = self.earliest_restart(row)
-            if run.count and run.start < earliest:
+            if run.size and run.start < earliest:
                 raise ValueError(
                     f"RollingKVCache.update: row {row} goes back to position {run.start}, but its window is whole only "
                     f"from {earliest} on (window {self.window.size}, slack {self.slack}); "

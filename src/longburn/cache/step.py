@@ -10,15 +10,15 @@ Shared = TypeVar("Shared")
 
 
 class Run(NamedTuple):
-    """Consecutive positions `start, start + 1, ...` in `count` columns from column `offset` on."""
+    """Consecutive positions `start, start + 1, ...` in `size` columns from column `offset` on."""
 
     start: int
-    count: int
+    size: int
     offset: int = 0
 
     @property
     def end(self) -> int:
-        return self.start + self.count
+        return self.start + self.size
 
 
 class Step:

@@ -1,13 +1,12 @@
 """`longburn chat`: a conversation that keeps its cache, so that each turn reads only what is new."""
 
 import sys
-from dataclasses import replace
 
 import typer
 
 from longburn.cli.conversation import Conversation
+from longburn.cli.display import Screen, note
 from longburn.cli.options import RunOptions, takes
-from longburn.cli.stream import Screen, note, stream
 
 COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops a reply"
 
@@ -15,10 +14,8 @@ COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C sto
 @takes(RunOptions)
 def chat(options: RunOptions) -> None:
     """Talk with a model. Each line is one turn; /reset starts anew, /exit or Ctrl-D ends, Ctrl-C stops a reply."""
-    sampler = options.sampler()
-    loaded = options.load()
-    config = options.generation(loaded.tokenizer)
-    cache = loaded.model.init_cache(1)
+    stream = options.start()
+    loaded, cache = stream.loaded, stream.cache
     conversation = Conversation(loaded)
     if sys.stdin.isatty():
         note(f"{loaded.name}: {COMMANDS}.")
@@ -36,11 +33,9 @@ def chat(options: RunOptions) -> None:
             case question:
                 prompt, before = conversation.ask(question), cache.position
                 with Screen() as show:
-                    reply = stream(loaded, prompt, cache=cache, config=config, sampler=sampler, show=show)
+                    reply = stream.reply(prompt, show)
                 conversation.said(prompt, reply.tokens, read=cache.position - before)
                 note(str(reply.stats))
-                if sampler.seed is not None:  # another turn, other draws
-                    sampler = replace(sampler, seed=sampler.seed + 1)
 
 
 def ask() -> str | None:

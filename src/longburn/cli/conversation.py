@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from longburn.models import LoadedModel
 
+
 class Conversation:
     """Turns questions into the token ids that a model has yet to read.
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longburn.cli.conversation import Conversation
+from longburn.cli.display import Screen, note
 from longburn.cli.options import RunOptions, takes
-from longburn.cli.stream import Screen, note, stream
 
 if TYPE_CHECKING:
     from longburn.models import LoadedModel
@@ -39,15 +39,13 @@ def generate(
     ] = False,
 ) -> None:
     """Generate text from a prompt: --prompt, --prompt-file, or whatever is piped into stdin."""
-    text, sampler = read_prompt(prompt, prompt_file), options.sampler()
-    loaded = options.load()
-    config = options.generation(loaded.tokenizer)
-    ids = encode(loaded, text, chat)
-    cache = loaded.model.init_cache(1)
+    text = read_prompt(prompt, prompt_file)
+    stream = options.start()
+    ids = encode(stream.loaded, text, chat)
     with Screen(silent=as_json) as show:
-        reply = stream(loaded, ids, cache=cache, config=config, sampler=sampler, show=show)
+        reply = stream.reply(ids, show)
     if as_json:
-        typer.echo(json.dumps({"model": loaded.name, **asdict(reply)}, ensure_ascii=False))
+        typer.echo(json.dumps({"model": options.model, **asdict(reply)}, ensure_ascii=False))
     note(str(reply.stats))
     if reply.finish == "cancelled":
         raise typer.Exit(130)

@@ -59,7 +59,7 @@ def execute(arguments: Sequence[str] | None = None) -> int:
     try:
         code = command.main(arguments, prog_name="longburn", standalone_mode=False, obj=session)
     except typer.TyperException as error:
-        return fail(f"{error.format_message()} (see '{session.command} --help')", error.exit_code)
+        return fail(f"{describe_usage(error)} (see '{session.command} --help')", error.exit_code)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
@@ -67,6 +67,14 @@ def execute(arguments: Sequence[str] | None = None) -> int:
             raise
         return fail(describe(error), 1)
     return code if isinstance(code, int) else 0
+
+
+def describe_usage(error: typer.TyperException) -> str:
+    """Typer's message, and what came, which only the validation error behind it tells."""
+    message = error.format_message().rstrip(".")
+    causes = error.__cause__.errors() if hasattr(error.__cause__, "errors") else []
+    came = [repr(cause["input"]) for cause in causes if repr(cause["input"]) not in message]
+    return ", got ".join([message, *came])
 
 
 def describe(error: Exception) -> str:

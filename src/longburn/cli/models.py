@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from longburn.cli.display import progress
 from longburn.cli.options import Debug
-from longburn.cli.stream import progress
 
 if TYPE_CHECKING:
     from longburn.weights.store import ModelEntry
@@ -38,7 +38,7 @@ def get(name: Annotated[str, typer.Argument(help="A name from 'longburn models'.
     """Fetch a model into the user's cache, check it, and print where it lies."""
     from longburn.weights import store
 
-    with progress(f"fetching {name}", unit="bytes") as on_progress:
+    with progress(f"fetching {name}", count="bytes") as on_progress:
         path = store.fetch(name, on_progress)
     typer.echo(path)
 

@@ -1,18 +1,22 @@
 """The options that `generate` and `chat` share, as one frozen dataclass, and what they mean to the library."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from inspect import Parameter, Signature, signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from longburn.cli.display import progress
+from longburn.cli.stream import Stream, interruptible
+
 if TYPE_CHECKING:
+    import torch
+
     from longburn.cache import AttnWindow
     from longburn.generate import GenerationConfig
-    from longburn.models import LoadedModel
     from longburn.sampling import SamplerConfig
-    from longburn.text import Tokenizer
 
 DEFAULT_SINK_TOKENS = 4
 
@@ -158,36 +162,66 @@ class RunOptions:
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
 
-    def generation(self, tokenizer: "Tokenizer") -> "GenerationConfig":
-        """When a reply ends, and in which pieces its prompt is read."""
+    def generation(self) -> "GenerationConfig":
+        """When a reply ends, and in which pieces its prompt is read; the model's stop tokens come with the model."""
         from longburn.generate import GenerationConfig
 
         if self.stop and "" in self.stop:
             raise typer.BadParameter("--stop '': wanted a text, an empty one would stop at once")
         return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            chunk_size=self.chunk_size,
-            stop_tokens=tokenizer.stop_tokens,
-            stop_strings=tuple(self.stop or ()),
+            max_new_tokens=self.max_new_tokens, chunk_size=self.chunk_size, stop_strings=tuple(self.stop or ())
         )
 
-    def load(self) -> "LoadedModel":
-        """Reads the model from disk, with the threads, dtype, device and window asked for."""
+    def torch_device(self) -> "torch.device":
+        """Where the model runs. A device that is not there is a failure, one that is none is wrong usage."""
         import torch
 
-        from longburn.models import load_model
-
-        window, dtype = self.attn_window(), getattr(torch, self.dtype)
-        name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        here = torch.cuda.is_available()
         try:
-            device = torch.device(name)
+            device = torch.device(("cuda" if here else "cpu") if self.device == "auto" else self.device)
         except RuntimeError as error:
             raise typer.BadParameter(f"--device {self.device!r}: wanted auto, cpu, cuda, cuda:1, ...") from error
-        if device.type == "cuda" and not torch.cuda.is_available():
+        if device.type == "cuda" and not here:
             raise ValueError(f"--device {self.device}: this PyTorch ({torch.__version__}) sees no CUDA device")
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        return load_model(self.model, dtype=dtype, device=device, window=window, impl=self.impl)
+        return device
+
+    def start(self) -> Stream:
+        """Reads the model from disk, with a bar on the terminal, and makes its cache. Wrong usage is told before."""
+        # A flag, because the import of PyTorch has places that swallow a KeyboardInterrupt.
+        with interruptible() as interrupted, progress(f"loading {self.model}", count="share") as show:
+            import torch
+
+            from longburn.models import load_model
+
+            window, config, sampler, device = self.attn_window(), self.generation(), self.sampler(), self.torch_device()
+            check_model(self.model)
+            if self.threads:
+                torch.set_num_threads(self.threads)
+
+            def on_progress(done: int, total: int) -> None:
+                if interrupted():
+                    raise KeyboardInterrupt
+                show(done, total)
+
+            dtype = getattr(torch, self.dtype)
+            loaded = load_model(self.model, dtype=dtype, device=device, window=window, progress=on_progress)
+        config = replace(config, stop_tokens=loaded.tokenizer.stop_tokens)
+        return Stream(loaded, loaded.model.init_cache(1), config, sampler, self.impl)
+
+
+def check_model(model: str) -> None:
+    """Raises OSError, with what to do, unless `model` is a path or a named model that is here."""
+    from longburn.weights import StoreError, available, locate
+
+    if Path(model).exists():
+        return
+    names = [entry.name for entry in available()]
+    if model not in names:
+        raise OSError(f"--model {model}: no such file or directory, nor one of the named models ({', '.join(names)})")
+    try:
+        locate(model)
+    except StoreError as error:
+        raise OSError(f"{error}: longburn models get {model}") from error
 
 
 def takes(options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

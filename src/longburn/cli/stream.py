@@ -1,19 +1,18 @@
-"""One reply: text shown as it is made, a bar while a long prompt is read, Ctrl-C, and the figures at the end."""
+"""One reply: made token by token, interruptible, with a bar while a long prompt is read and the figures at the end."""
 
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING
 
-import typer
+from longburn.cli.display import progress
 
 if TYPE_CHECKING:
     from longburn.cache import CacheManager
-    from longburn.generate import GenerationConfig
+    from longburn.generate import GenerationConfig, TokenEvent
     from longburn.models import LoadedModel
     from longburn.sampling import SamplerConfig
 
@@ -22,7 +21,7 @@ BAR_AFTER = 1.0  # seconds; a prompt read faster than this needs no bar
 
 @dataclass(frozen=True)
 class Stats:
-    """The figures of one reply. Prefill ends with the first token; decode is the time from there to the last one."""
+    """The figures of one reply. Decode is the time from the first token, which the prefill made, to the last one."""
 
     prompt_tokens: int
     prefill_seconds: float
@@ -38,8 +37,8 @@ class Stats:
 
     @property
     def decode_rate(self) -> float:
-        """Tokens made per second, the first one (which the prefill made) not counted."""
-        return max(self.new_tokens - 1, 0) / self.decode_seconds if self.decode_seconds else 0.0
+        """Tokens made per second after the first one."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
     def __str__(self) -> str:
         return (
@@ -51,7 +50,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of one prompt. `tokens` leaves out the stop token; `finish` is a `TokenEvent`'s, or "cancelled"."""
+    """What came of one prompt. `tokens` leaves out the stop token that ended it; `finish` is the last event's."""
 
     text: str
     tokens: tuple[int, ...]
@@ -59,51 +58,68 @@ class Reply:
     stats: Stats
 
 
-def stream(
-    loaded: "LoadedModel",
-    prompt: Sequence[int],
-    *,
-    cache: "CacheManager",
-    config: "GenerationConfig",
-    sampler: "SamplerConfig",
-    show: Callable[[str], None],
-) -> Reply:
-    """Generates from the token ids `prompt` and passes each piece of text to `show` as it is made.
+@dataclass(frozen=True)
+class Stream:
+    """A model with the cache of one stream, and how tokens are chosen."""
 
-    The first Ctrl-C ends the reply after the token (or the chunk of the prompt) in work, the second at once.
-    """
-    from longburn.generate import generate
+    loaded: "LoadedModel"
+    cache: "CacheManager"
+    config: "GenerationConfig"
+    sampler: "SamplerConfig"
+    impl: str
 
-    pieces: list[str] = []
-    tokens: list[int] = []
-    finish = "cancelled"
-    started = first = last = time.perf_counter()
-    with interruptible() as cancelled, prefill_bar() as on_prefill:
-        for event in generate(
-            loaded.model,
-            [prompt],
-            config=config,
-            sampler=sampler,
-            tokenizer=loaded.tokenizer,
-            cache=cache,
-            on_prefill=on_prefill,
-            cancelled=cancelled,
-        ):
-            last = time.perf_counter()
-            first = last if not tokens else first
-            finish = event.finish or finish
-            if event.text:
-                pieces.append(event.text)
-                show(event.text)
-            tokens.append(event.token)
-    stats = Stats(len(prompt), first - started, len(tokens), last - first, cache.nbytes, cache.position)
-    said = tokens[:-1] if finish == "stop_token" else tokens
-    return Reply("".join(pieces), tuple(said), finish, stats)
+    def reply(self, prompt: Sequence[int], show: Callable[[str], None]) -> Reply:
+        """Goes on with the token ids `prompt` after what the cache holds; each piece of text goes to `show` at once.
+
+        The first Ctrl-C ends the reply after the token (or chunk of the prompt) in work, the second one at once.
+        """
+        from longburn.generate import generate
+        from longburn.kernels.registry import use_impl
+
+        events: list[TokenEvent] = []
+        times: list[float] = []
+        started = read_at = time.perf_counter()
+        read = 0
+
+        def on_prefill(done: int, total: int) -> None:
+            nonlocal read, read_at
+            read, read_at = done, time.perf_counter()
+            bar(done, total)
+
+        with interruptible() as cancelled, prefill_bar() as bar, use_impl(self.impl):
+            for event in generate(
+                self.loaded.model,
+                [prompt],
+                config=self.config,
+                sampler=self.sampler,
+                tokenizer=self.loaded.tokenizer,
+                cache=self.cache,
+                on_prefill=on_prefill,
+                cancelled=cancelled,
+            ):
+                events.append(event)
+                if event.token >= 0:
+                    times.append(time.perf_counter())
+                if event.text:
+                    show(event.text)
+        return Reply(
+            text="".join(event.text for event in events),
+            tokens=tuple(event.token for event in events if event.token >= 0 and event.finish != "stop_token"),
+            finish=str(events[-1].finish),
+            stats=Stats(
+                prompt_tokens=read,
+                prefill_seconds=read_at - started,
+                new_tokens=len(times),
+                decode_seconds=times[-1] - times[0] if times else 0.0,
+                cache_bytes=self.cache.nbytes,
+                position=self.cache.position,
+            ),
+        )
 
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only makes the returned function say True; the second one interrupts as usual."""
+    """Inside, the first Ctrl-C only makes the function it yields say True; the second one interrupts as usual."""
     interrupted = False
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:
@@ -136,44 +152,3 @@ def prefill_bar() -> Iterator[Callable[[int, int], None]]:
                 advance(done, total)
 
         yield on_prefill
-
-
-@contextmanager
-def progress(label: str, *, unit: str = "tokens") -> Iterator[Callable[[int, int], None]]:
-    """Yields a function of (done, total) that moves a bar on stderr, if that is a terminal. It is gone at the end."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-class Screen:
-    """Writes text to stdout as it comes, and a last newline however it ends."""
-
-    def __init__(self, *, silent: bool = False) -> None:
-        self.silent = silent
-        self.open_line = False
-
-    def __enter__(self) -> "Screen":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self.open_line:
-            self("\n")
-
-    def __call__(self, text: str) -> None:
-        """Shows `text` at once."""
-        if self.silent:
-            return
-        typer.echo(text, nl=False)
-        sys.stdout.flush()
-        self.open_line = not text.endswith("\n")
-
-
-def note(text: str) -> None:
-    """A line on stderr, beside the text itself."""
-    typer.echo(text, err=True)

@@ -97,7 +97,8 @@ def generate(
         config: lengths, stops, log-probabilities.
         sampler: one configuration for all rows, or one for each; default greedy.
         tokenizer: for text and stop strings.
-        cache: go on from what it holds (a conversation); default an empty one that is as long as this call needs. When the
+        cache: go on from what it holds (a conversation); default an empty one that is as long as this call needs. When
+        the
             loop ends, every token but each row's last one is in it.
         on_prefill: called with (prompt tokens read, prompt tokens in all) after each chunk.
         cancelled: asked before every forward call; True ends the rows that still run with an event "cancelled".
@@ -106,21 +107,22 @@ def generate(
         An iterator of events. Nothing is computed before the first is asked for; arguments are checked at once.
 
     Raises:
-        ValueError: an empty prompt, a token outside the vocabulary, too small a cache, stop strings without a tokenizer.
+        ValueError: an empty prompt, a token outside the vocabulary, too small a cache, stop strings without a
+        tokenizer.
         GenerationError: (while iterating) a row's logits leave no candidate.
     """
     config = config or GenerationConfig()
-    prompts = [list(prompt) for prompt in prompts]
-    _check_prompts(prompts, model.vocab_size)
+    rows = [list(prompt) for prompt in prompts]
+    _check_prompts(rows, model.vocab_size)
     if config.stop_strings and tokenizer is None:
         raise ValueError("generate: stop_strings are found in text, so they need a tokenizer")
     if cache is None:
-        cache = model.init_cache(len(prompts), max_length=max(map(len, prompts)) + config.max_new_tokens)
-    _check_room(prompts, cache, config.max_new_tokens)
+        cache = model.init_cache(len(rows), max_length=max(map(len, rows)) + config.max_new_tokens)
+    _check_room(rows, cache, config.max_new_tokens)
     # The loop reads every token on the host, so it also samples there; rows of a batch are few.
-    sampling = Sampler(sampler or SamplerConfig(temperature=0.0), batch=len(prompts), vocab_size=model.vocab_size)
-    rows = _Rows(config, tokenizer, [TextStream(config.stop_strings) for _ in prompts])
-    return _run(model, prompts, config, sampling, cache, rows, on_prefill, cancelled or (lambda: False))
+    sampling = Sampler(sampler or SamplerConfig(temperature=0.0), batch=len(rows), vocab_size=model.vocab_size)
+    texts = _Texts(config, tokenizer, [TextStream(config.stop_strings) for _ in rows])
+    return _run(model, rows, config, sampling, cache, texts, on_prefill, cancelled or (lambda: False))
 
 
 def _run(
@@ -129,7 +131,7 @@ def _run(
     config: GenerationConfig,
     sampler: Sampler,
     cache: CacheManager,
-    rows: "_Rows",
+    texts: "_Texts",
     on_prefill: Callable[[int, int], None] | None,
     cancelled: Callable[[], bool],
 ) -> Iterator[TokenEvent]:
@@ -142,12 +144,12 @@ def _run(
     logits = _prefill(model, prompts, config.chunk_size, cache, on_prefill, cancelled)
     for made in range(config.max_new_tokens):
         if logits is None or (made and cancelled()):
-            yield from (rows.cancel(row, positions[row]) for row in live)
+            yield from (texts.cancel(row, positions[row]) for row in live)
             return
         sampled = sampler(logits.cpu(), draw=torch.tensor(positions), counts=counts, logprobs=config.logprobs)
         tokens = torch.full((len(prompts), 1), -1)
         for row in list(live):
-            event = rows.event(row, positions[row], sampled, last=made + 1 == config.max_new_tokens)
+            event = texts.event(row, positions[row], sampled, last=made + 1 == config.max_new_tokens)
             if event.finish is None:
                 tokens[row] = event.token
             else:
@@ -192,7 +194,7 @@ def _prefill(
     return final
 
 
-class _Rows:
+class _Texts:
     """The text and the end of every row."""
 
     def __init__(self, config: GenerationConfig, tokenizer: TokenSpeller | None, texts: list[TextStream]) -> None:

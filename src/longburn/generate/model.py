@@ -26,7 +26,8 @@ class AutoregressiveModel(Protocol):
     ) -> Tensor:
         """Logits after each row's last token of `[B, T]` (-1: no token), `[B, V]`, or after every token, `[B, T, V]`.
 
-        Takes the cache's next positions and, when done, commits them once; `commit=False` leaves the clock where it was.
+        Takes the cache's next positions and, when done, commits them once; `commit=False` leaves the clock where it
+        was.
         """
         ...
 
@@ -52,8 +53,8 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
 def last_of_rows(x: Tensor, step: Step) -> Tensor:
     """The features of each row's last token, `[B, T, M]` to `[B, M]`; a row without a token gives some column."""
     runs = step.runs
-    if runs is None or all(run.offset + run.count in (0, step.length) for run in runs):
+    if runs is None or all(run.offset + run.size in (0, step.length) for run in runs):
         return x[:, -1]
-    columns = [max(run.offset + run.count - 1, 0) for run in runs]
+    columns = [max(run.offset + run.size - 1, 0) for run in runs]
     rows = torch.arange(x.shape[0], device=x.device)
     return x[rows, torch.tensor(columns, device=x.device).expand(x.shape[0])]

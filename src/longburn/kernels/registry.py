@@ -4,7 +4,7 @@ An operation is an ordered tuple of `Impl`. `auto` takes the first that says not
 raises with the reason and never falls back to another.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -13,7 +13,13 @@ from typing import Generic, TypeVar
 Call = TypeVar("Call")
 Result = TypeVar("Result")
 
-_chosen: ContextVar[str] = ContextVar("longburn_impl", default="auto")
+AUTO = "auto"
+_chosen: ContextVar[str] = ContextVar("longburn_impl", default=AUTO)
+_offered: dict[str, list[str]] = {}  # implementation name -> operations that have it
+
+
+class ImplError(ValueError):
+    """A named implementation does not exist or cannot compute this call."""
 
 
 @dataclass(frozen=True)
@@ -25,42 +31,48 @@ class Impl(Generic[Call, Result]):
     why_not: Callable[[Call], str | None]
 
 
-class ImplError(ValueError):
-    """A named implementation does not exist or cannot compute this call."""
+class Operation(Generic[Call, Result]):
+    """An operation and its implementations, in the order in which `auto` tries them."""
 
-
-def choose(operation: str, impls: Sequence[Impl[Call, Result]], call: Call) -> Impl[Call, Result]:
-    """The implementation in force for `call`: the one named by `use_impl`, else the first that can.
-
-    Raises:
-        ImplError: the named one is unknown or refuses; the message holds every reason.
-    """
-    name = _chosen.get()
-    if name == "auto":
-        reasons = []
+    def __init__(self, name: str, impls: tuple[Impl[Call, Result], ...]) -> None:
+        self.name, self.impls = name, impls
         for impl in impls:
+            _offered.setdefault(impl.name, []).append(name)
+
+    def __call__(self, call: Call) -> Result:
+        """Compute the call with the implementation in force: the one named by `use_impl`, else the first that can.
+
+        Raises:
+            ImplError: the named one refuses, or all do; the message holds every reason.
+        """
+        name = _chosen.get()
+        named = name != AUTO and self.name in _offered[name]
+        reasons = []
+        for impl in self.impls:
+            if named and impl.name != name:
+                continue
             reason = impl.why_not(call)
             if reason is None:
-                return impl
+                return impl.run(call)
             reasons.append(f"{impl.name}: {reason}")
-        raise ImplError(f"{operation}: no implementation can compute this call ({'; '.join(reasons)})")
-    for impl in impls:
-        if impl.name == name:
-            reason = impl.why_not(call)
-            if reason is not None:
-                raise ImplError(f"{operation}: implementation {name!r} cannot compute this call: {reason}")
-            return impl
-    known = ", ".join(impl.name for impl in impls)
-    raise ImplError(f"{operation}: no implementation is called {name!r}; there are auto, {known}")
+        what = f"implementation {name!r}" if named else "no implementation"
+        raise ImplError(f"{self.name}: {what} {'cannot' if named else 'can'} compute this call ({'; '.join(reasons)})")
 
 
 @contextmanager
 def use_impl(name: str) -> Iterator[None]:
-    """Within this block every operation uses the implementation called `name` (`"auto"` to choose freely).
+    """Within this block every operation that has an implementation called `name` uses it; `"auto"` chooses freely.
 
     >>> with use_impl("reference"):
     ...     y = attend(q, k, v)
+
+    Raises:
+        ImplError: no operation has one of this name.
     """
+    if name != AUTO and name not in _offered:
+        raise ImplError(
+            f"use_impl: no implementation is called {name!r}; there are {', '.join([AUTO, *sorted(_offered)])}"
+        )
     token = _chosen.set(name)
     try:
         yield

@@ -14,7 +14,7 @@ from longburn.attention import Attention
 from longburn.cache import CacheManager, RollingKVCache, Step, WindowPolicy
 from longburn.generate.model import check_tokens, last_of_rows
 from longburn.kernels.linear import linear
-from longburn.nn import SwiGLU
+from longburn.nn import RMSNorm, SwiGLU
 from longburn.rope import LinearScaling, RopeScaling, RotaryEncoding, YarnScaling
 from longburn.weights import InterleavedRows, Merge, Part, Rename, Rule, Skip, Tied
 
@@ -102,7 +102,7 @@ class LlamaBlock(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int, policy: WindowPolicy, dtype: torch.dtype) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.attention = Attention(
             config.hidden_size,
             config.num_attention_heads,
@@ -114,12 +114,12 @@ class LlamaBlock(nn.Module):
             out_bias=config.attention_bias,
             dtype=dtype,
         )
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, dtype=dtype)
 
     def forward(self, x: Tensor, step: Step, cache: RollingKVCache | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), step, cache=cache)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attention.forward(self.attention_norm.forward(x), step, cache=cache)
+        return x + self.mlp.forward(self.mlp_norm.forward(x))
 
 
 class Llama(nn.Module):
@@ -141,7 +141,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(
             LlamaBlock(config, layer, policy, dtype) for layer in range(config.num_hidden_layers)
         )
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
         if config.tie_word_embeddings:
             self.head.weight = self.embed.weight
@@ -154,7 +154,7 @@ class Llama(nn.Module):
     @property
     def attentions(self) -> Sequence[Attention]:
         """The attention layers, first to last."""
-        return [layer.attention for layer in self.layers]  # type: ignore[union-attr,misc]
+        return [layer.attention for layer in self.layers]  # type: ignore[misc]
 
     def init_cache(self, batch: int, *, max_length: int | None = None, slack: int = 0) -> CacheManager:
         """Empty caches for `batch` rows of at most `max_length` positions (None: no end)."""
@@ -213,7 +213,9 @@ def hf_rules(config: LlamaConfig) -> tuple[Rule, ...]:
     rules: list[Rule] = [
         Rename("model.embed_tokens.weight", "embed.weight"),
         Rename("model.norm.weight", "norm.weight"),
-        Tied("lm_head.weight", "head.weight") if config.tie_word_embeddings else Rename("lm_head.weight", "head.weight"),
+        Tied("lm_head.weight", "head.weight")
+        if config.tie_word_embeddings
+        else Rename("lm_head.weight", "head.weight"),
         Rename(prefix + "input_layernorm.weight", "layers.{i}.attention_norm.weight"),
         Rename(prefix + "post_attention_layernorm.weight", "layers.{i}.mlp_norm.weight"),
         Skip(prefix + "self_attn.rotary_emb.inv_freq", "the frequencies follow from the configuration"),
@@ -221,13 +223,19 @@ def hf_rules(config: LlamaConfig) -> tuple[Rule, ...]:
     for kind in ("weight", "bias"):
         attention, mlp = prefix + "self_attn.{}_proj." + kind, prefix + "mlp.{}_proj." + kind
         if kind == "weight" or config.attention_bias:
-            parts = (Part(_named(attention, "q"), q), Part(_named(attention, "k"), kv), Part(_named(attention, "v"), kv))
+            parts = (
+                Part(_named(attention, "q"), q),
+                Part(_named(attention, "k"), kv),
+                Part(_named(attention, "v"), kv),
+            )
             rules.append(Merge(parts, "layers.{i}.attention.qkv." + kind))
             rules.append(Rename(_named(attention, "o"), "layers.{i}.attention.out." + kind))
         if kind == "weight" or config.mlp_bias:
             size = config.intermediate_size
             rules.append(
-                Merge((Part(_named(mlp, "gate"), size), Part(_named(mlp, "up"), size)), "layers.{i}.mlp.gate_up." + kind)
+                Merge(
+                    (Part(_named(mlp, "gate"), size), Part(_named(mlp, "up"), size)), "layers.{i}.mlp.gate_up." + kind
+                )
             )
             rules.append(Rename(_named(mlp, "down"), "layers.{i}.mlp.down." + kind))
     return tuple(rules)

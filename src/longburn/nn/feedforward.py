@@ -8,7 +8,10 @@ from longburn.kernels.linear import linear
 
 
 class SwiGLU(nn.Module):
-    """`down(silu(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202), gate and up in one weight `[2 * hidden, dim]`, gate first."""
+    """`down(silu(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202).
+
+    Gate and up are one weight, `[2 * hidden, dim]`, gate first.
+    """
 
     def __init__(
         self,

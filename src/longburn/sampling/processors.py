@@ -89,21 +89,21 @@ def keep_top_p(weights: Tensor, p: Tensor, logits: Tensor) -> Tensor:
     """`keep_top_p_ranked` for weights `[B, V]` in the order of ids, without a sort of a large vocabulary.
 
     A radix selection by mass, O(V): the logit at which the mass reaches `p` is found digit by digit, each from a
-    histogram of the weights that agree with the digits before. Of several tokens at that logit the first are kept.
+    histogram of the weights over the logits still in question. Of several tokens at that logit the first are kept.
     """
     if weights.shape[-1] <= 2**_DIGIT_BITS:  # a sort costs less than the histograms
         ids = most_likely(logits, weights.shape[-1])
         return torch.zeros_like(weights).scatter_(-1, ids, keep_top_p_ranked(weights.gather(-1, ids), p))
     key = _sortable(logits).long() + 2**31  # 0 .. 2**32 - 1
     wanted = _share(weights.sum(-1, keepdim=True), p)
-    tied, cutoff = weights, torch.zeros_like(wanted)
+    cutoff = torch.zeros_like(wanted)
     for shift in range(2 * _DIGIT_BITS, -1, -_DIGIT_BITS):
-        digit = (key >> shift) & (2**_DIGIT_BITS - 1)
-        found, above = _crossing(digit, tied, wanted)
-        wanted = wanted - above
-        tied = tied * (digit == found)
-        cutoff = cutoff + (found << shift)
-    early = tied.cumsum(-1) - tied < wanted
+        # Bin 0 takes all that lies below the logits in question, the last bin all that lies above.
+        bins = ((key >> shift) - ((cutoff >> shift) - 1)).clamp_(0, 2**_DIGIT_BITS + 1)
+        found, above = _crossing(bins, weights, wanted)
+        cutoff = cutoff + (found - 1 << shift)
+    tied = weights * (key == cutoff)
+    early = tied.cumsum(-1) - tied < wanted - above
     return weights * ((key > cutoff) | (early & (tied > 0)))
 
 
@@ -119,7 +119,7 @@ def pick(weights: Tensor, uniform: Tensor) -> Tensor:
     """
     mass = weights.cumsum(-1)
     total = mass[:, -1:]
-    target = (uniform[:, None] * total).long().minimum(total - 1)  # the product may round up to the total
+    target = (uniform[:, None] * total).long()  # below the total: uniform is at least 2**-53 below 1
     index = torch.searchsorted(mass, target, right=True)
     return torch.where(total > 0, index, -1).squeeze(-1)
 
@@ -136,10 +136,9 @@ def _sortable(logits: Tensor) -> Tensor:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def _crossing(digit: Tensor, mass: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest digit `[B, 1]` such that digits at or above it have `wanted` mass, and the mass above that digit."""
-    histogram = mass.new_zeros(len(mass), 2**_DIGIT_BITS).scatter_add_(-1, digit, mass)
-    up_to = histogram.cumsum(-1)
+def _crossing(bins: Tensor, mass: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest bin `[B, 1]` such that the bins from it on have the `wanted` mass, and the mass above that bin."""
+    up_to = mass.new_zeros(len(mass), 2**_DIGIT_BITS + 2).scatter_add_(-1, bins, mass).cumsum_(-1)
     total = up_to[:, -1:]
     found = torch.searchsorted(up_to, total - wanted, right=True)
     return found, total - up_to.gather(-1, found)

@@ -48,6 +48,8 @@ def from_gguf(metadata: Mapping[str, Any]) -> TokenizerParts:
         raise TokenizerError(f"tokenizer.ggml.pre is {pre!r}, wanted one of {', '.join(PRE_TOKENIZERS)}")
     way = PRE_TOKENIZERS[pre]
     tokens, merges = meta.all("ggml.tokens", str), [tuple(m.split(" ")) for m in meta.all("ggml.merges", str)]
+    if not tokens:
+        raise TokenizerError("tokenizer.ggml.tokens is missing or empty")
     if wrong := [" ".join(merge) for merge in merges if len(merge) != 2]:
         raise TokenizerError(f"tokenizer.ggml.merges has {wrong[0]!r}, wanted two tokens with a space between")
     kinds = meta.all("ggml.token_type", int) or [1] * len(tokens)
@@ -56,7 +58,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> TokenizerParts:
     try:
         bpe = models.BPE({text: id for id, text in enumerate(tokens)}, merges, ignore_merges=way.whole_words)
     except Exception as error:  # the package raises nothing narrower
-        raise TokenizerError(f"tokenizer.ggml.merges does not fit tokenizer.ggml.tokens: {error}") from error
+        raise TokenizerError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error
     core = tokenizers.Tokenizer(bpe)
     core.pre_tokenizer = way.build()
     core.decoder = decoders.ByteLevel()

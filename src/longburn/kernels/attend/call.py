@@ -14,8 +14,8 @@ from torch import Tensor
 class BiasTerms(NamedTuple):
     """An additive bias in the cheapest exact form that its policy knows; the terms that are given are summed.
 
-    `slope` is ALiBi's form, `-slope * |p - j|` for query position p and key position j: the distance is taken in integers,
-    so it is exact at any position. `table` is indexed by distance: entry `clamp(p - j + zero, 0, n - 1)`.
+    `slope` is ALiBi's form, `-slope * |p - j|` for query position p and key position j: the distance is taken in
+    integers, so it is exact at any position. `table` is indexed by distance: entry `clamp(p - j + zero, 0, n - 1)`.
     """
 
     slope: Tensor | None = None  # [H]
@@ -29,9 +29,9 @@ class BiasTerms(NamedTuple):
 class Known(NamedTuple):
     """What the host knows about one row's (or every row's) keys and queries without reading the device.
 
-    The row's queries stand in columns `q_offset : q_offset + q_count` and hold the positions `q_start, q_start + 1, ...`.
-    Its first `keys` slots are all filled: the first `head` of them hold positions `0 .. head - 1`, the others exactly the
-    positions `k_start, k_start + 1, ...`, in this order if `ordered`. Nothing beyond them may be looked at.
+    The row's queries stand in columns `q_offset : q_offset + q_count` and hold the positions `q_start, q_start + 1,
+    ...`. Its first `keys` slots are all filled: the first `head` of them hold positions `0 .. head - 1`, the others
+    exactly the positions `k_start, k_start + 1, ...`, in this order if `ordered`. Nothing beyond them may be looked at.
     """
 
     q_start: int

@@ -25,7 +25,13 @@ def why_not(call: AttendCall) -> str | None:
     D = call.q.shape[3]
     if D & (D - 1) or D < 16:
         return f"head size {D} is not a power of two of at least 16"
-    if call.window is None and call.bias is None and call.sinks is None and not call.wants_lse and call.known is not None:
+    if (
+        call.window is None
+        and call.bias is None
+        and call.sinks is None
+        and not call.wants_lse
+        and call.known is not None
+    ):
         return "plain causal attention, for which sdpa's kernel is faster"
     return None
 
@@ -59,7 +65,14 @@ def attend_flex(call: AttendCall) -> AttendResult:
 
     tiles = create_block_mask(mask, B, None, T, S, device=call.q.device)
     out, lse = flex_attention(
-        call.q, k, v, score_mod=_score(call), block_mask=tiles, scale=call.scale, enable_gqa=call.groups > 1, return_lse=True
+        call.q,
+        k,
+        v,
+        score_mod=_score(call),
+        block_mask=tiles,
+        scale=call.scale,
+        enable_gqa=call.groups > 1,
+        return_lse=True,
     )
     return add_sinks((out, lse), call.sinks)
 

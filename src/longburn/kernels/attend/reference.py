@@ -1,6 +1,7 @@
 """Attention as it is meant: the readable specification that every other implementation is tested against."""
 
 import torch
+from torch import Tensor
 
 from longburn.kernels.attend.call import AttendCall, AttendResult, add_sinks, bias_matrix, by_query_blocks, visible
 
@@ -13,8 +14,11 @@ def _attend(call: AttendCall) -> AttendResult:
     k = torch.where(filled, call.k.to(dtype), 0)
     v = torch.where(filled, call.v.to(dtype), 0)
 
-    def scores_of(q: torch.Tensor) -> torch.Tensor:
-        grouped = q.to(dtype).unflatten(1, (-1, call.groups)) * call.scale  # [B, K, H/K, T, D]
+    def grouped_heads(x: Tensor) -> Tensor:  # [B, H, ...] to [B, K, H / K, ...]
+        return x.reshape(x.shape[0], -1, call.groups, *x.shape[2:])
+
+    def scores_of(q: Tensor) -> Tensor:
+        grouped = grouped_heads(q.to(dtype)) * call.scale
         return torch.einsum("bkgtd,bksd->bkgts", grouped, k).flatten(1, 2)
 
     scores = scores_of(call.q)
@@ -30,7 +34,7 @@ def _attend(call: AttendCall) -> AttendResult:
     sees = seen.any(-1, keepdim=True)
     scores = torch.where(sees, scores.masked_fill(~seen, float("-inf")), 0)
     weights = torch.softmax(scores, -1) * sees
-    out = torch.einsum("bkgts,bksd->bkgtd", weights.unflatten(1, (-1, call.groups)), v).flatten(1, 2)
+    out = torch.einsum("bkgts,bksd->bkgtd", grouped_heads(weights), v).flatten(1, 2)
     lse = torch.logsumexp(scores, -1).masked_fill(~sees[..., 0], float("-inf"))
     out, lse = add_sinks((out, lse), call.sinks)
     return out.to(call.q.dtype), lse

@@ -1,8 +1,9 @@
 """Attention through PyTorch's own fused kernels.
 
-On the CPU, without gradients, ATen's flash kernel also returns the log-sum-exp. Sinks and the separate treatment of kept
-sink tokens are then merges, and where the host knows the order of the keys, a call is cut into pieces that need no mask or
-one small band mask. Everywhere else `scaled_dot_product_attention` gives no log-sum-exp: learned sinks become one zero key.
+On the CPU, without gradients, ATen's flash kernel also returns the log-sum-exp. Sinks and the separate treatment of
+kept sink tokens are then merges, and where the host knows the order of the keys, a call is cut into pieces that need no
+mask or one small band mask. Everywhere else `scaled_dot_product_attention` gives no log-sum-exp: learned sinks become
+one zero key.
 """
 
 from dataclasses import replace
@@ -77,7 +78,9 @@ def _is_known(call: AttendCall) -> bool:
 # --- with the log-sum-exp: CPU, no gradients -------------------------------------------------------------------------
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, *, mask: Tensor | None = None, causal: bool = False) -> AttendResult:
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, mask: Tensor | None = None, causal: bool = False
+) -> AttendResult:
     """One fused call over filled keys. `causal`: query i sees keys 0 .. i."""
     B, H, T, D = q.shape
     if causal and T > 1:
@@ -104,7 +107,7 @@ def _split(q: Tensor, k: Tensor, v: Tensor, scale: float, *, parts: int) -> Atte
     K, S, D = k.shape
     size = S // parts
     spread = q[:, None].expand(K, parts, *q.shape[1:])
-    cut = [x[:, : parts * size].unflatten(1, (parts, size)) for x in (k, v)]
+    cut = [x[:, : parts * size].view(K, parts, size, D) for x in (k, v)]
     out, lse = _flash_cpu(spread, *cut, 0.0, False, scale=scale)
     pieces = [merge([(out[:, i], lse[:, i]) for i in range(parts)])]
     if parts * size < S:
@@ -128,8 +131,7 @@ def _pieces(call: AttendCall, known: Known) -> AttendResult:
     if free:
         keys = slice(0, first + free)
         parts.append(_causal(call.q[:, :, :free], call.k[:, :, keys], call.v[:, :, keys], call.scale, past=first))
-    for a in range(free, count, BAND_BLOCK):
-        parts.append(_band(call, known, a, min(a + BAND_BLOCK, count)))
+    parts.extend(_band(call, known, a, min(a + BAND_BLOCK, count)) for a in range(free, count, BAND_BLOCK))
     if len(parts) == 1:
         return parts[0]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
@@ -146,7 +148,9 @@ def _ring(call: AttendCall, known: Known) -> AttendResult:
     if head:
         q_sink = call.q if call.q_sink is None else call.q_sink
         parts.append(_flash(q_sink, call.k[:, :, :head], call.v[:, :, :head], call.scale))
-    ring = replace(call, k=call.k[:, :, head:], v=call.v[:, :, head:], k_pos=call.k_pos[:, head:], q_sink=None, sink_tokens=0)
+    ring = replace(
+        call, k=call.k[:, :, head:], v=call.v[:, :, head:], k_pos=call.k_pos[:, head:], q_sink=None, sink_tokens=0
+    )
     parts.append(_flash(ring.q, ring.k, ring.v, ring.scale) if all_seen else by_query_blocks(ring, _masked_filled))
     return merge(parts)
 
@@ -279,7 +283,5 @@ def _zero_key(call: AttendCall) -> AttendResult:
         column = call.sinks.to(mask.dtype)[None, :, None, None].expand(mask.shape[0], H, T, 1)
         mask = torch.cat([column, mask.expand(-1, H, -1, -1)], -1)
         k, v = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))
-    out = F.scaled_dot_product_attention(
-        call.q, k, v, attn_mask=mask, scale=call.scale, enable_gqa=call.groups > 1
-    )
+    out = F.scaled_dot_product_attention(call.q, k, v, attn_mask=mask, scale=call.scale, enable_gqa=call.groups > 1)
     return torch.where(sees, out, 0), out.new_empty(0)

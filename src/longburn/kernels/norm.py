@@ -1,0 +1,55 @@
+"""Root-mean-square normalisation (Zhang & Sennrich, arXiv 1910.07467)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longburn.kernels import native
+from longburn.kernels.registry import Impl, Operation
+
+NATIVE_ROWS = 16  # a decode step's; more rows are PyTorch's, which spreads them over the threads
+
+
+class NormCall(NamedTuple):
+    """x `[..., n]`, weight `[n]`."""
+
+    x: Tensor
+    weight: Tensor
+    eps: float
+
+
+def _reference(call: NormCall) -> Tensor:
+    """In at least fp32; the result is rounded to x's type before it is multiplied by the weight, as Llama does."""
+    wide = call.x.to(torch.promote_types(call.x.dtype, torch.float32))
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + call.eps)
+    return (wide * scale).to(call.x.dtype) * call.weight
+
+
+def _native(call: NormCall) -> Tensor:
+    y = torch.empty_like(call.x)
+    native.rms_norm(call.x, call.weight, y, call.eps)
+    return y
+
+
+def _native_why_not(call: NormCall) -> str | None:
+    x, weight = call.x, call.weight
+    if x.device.type != "cpu":
+        return f"runs on the CPU, got {x.device.type}"
+    if x.numel() > NATIVE_ROWS * x.shape[-1]:
+        return f"computes up to {NATIVE_ROWS} rows, got {x.numel() // x.shape[-1]}"
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return "has no gradients"
+    if not (x.is_contiguous() and weight.is_contiguous()):
+        return "x or weight has gaps"
+    return native.why_not(x, weight)
+
+
+OPERATION: Operation[NormCall, Tensor] = Operation(
+    "rms_norm", (Impl("native", _native, _native_why_not), Impl("reference", _reference, lambda call: None))
+)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension."""
+    return OPERATION(NormCall(x, weight, eps))
