@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt --edita
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
 
-PROMPT := Why is the sky blue at noon and red at sunset? Explain it to a curious child.
+PROMPT := Write a short story about a lighthouse keeper who finds a message in a bottle.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

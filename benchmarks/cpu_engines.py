@@ -78,7 +78,7 @@ class Longburn:
 
 
 class Transformers:
-    """Hugging Face transformers: SDPA attention, dynamic cache, the prompt in one call, logits of the last token only."""
+    """Hugging Face transformers: SDPA attention, dynamic cache, the prompt in one call, only its last logits."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         import torch
@@ -87,7 +87,8 @@ class Transformers:
         torch.set_num_threads(job["threads"])
         torch.set_grad_enabled(False)
         dtype = getattr(torch, job["dtype"])
-        self.model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, attn_implementation="sdpa").eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, attn_implementation="sdpa")
+        self.model = model.eval()
         self.new_cache = lambda: DynamicCache(config=self.model.config)
         self.tensor = torch.tensor
         self.cache: Any = None
@@ -109,16 +110,17 @@ class Transformers:
         return {"version": version("transformers"), "torch": version("torch")}
 
 
+GGML_TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}
+
+
 class LlamaCpp:
     """llama.cpp through llama-cpp-python: its flash attention off, which on a CPU is the faster way."""
-
-    GGML_TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}
 
     def __init__(self, job: dict[str, Any]) -> None:
         import numpy
         from llama_cpp import Llama
 
-        kind = self.GGML_TYPES[job["kv_dtype"]]
+        kind = GGML_TYPES[job["kv_dtype"]]
         self.llama = Llama(
             job["model"],
             n_ctx=max(job["context"], WARM_UP) + job["decode_tokens"] + 1,
@@ -187,14 +189,14 @@ def window(job: dict[str, Any]) -> dict[str, Any]:
         engine.start()
         made[name] = [engine.prefill(tokens[:position])]
     rounds: dict[str, list[float]] = {name: [] for name in streams}
-    for _ in range(job["rounds"]):
+    for _ in range(job["turns"]):
         for name, (engine, _) in streams.items():
             rounds[name].append(median(timed_steps(engine, made[name], job["decode_tokens"])))
     return {"step_seconds": rounds, "peak_bytes": memory_bytes()[1], **near.facts()}
 
 
 def bandwidth(job: dict[str, Any]) -> dict[str, Any]:
-    """Bytes a second at which a sum reads a GiB of memory with the same threads: the median and the best of 9 passes."""
+    """Bytes a second at which a sum reads a GiB of memory with the same threads: median and best of 9 passes."""
     import torch
 
     torch.set_num_threads(job["threads"])

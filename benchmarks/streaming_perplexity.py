@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,16 +17,16 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from books import load_book
-from machine import ASSETS, Parts, describe_machine, machine_line, write_json
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor
 
+from books import load_book
 from longburn.cache import AttnWindow
 from longburn.models import load_model
 from longburn.models.llama import Llama
+from machine import ASSETS, Parts, describe_machine, machine_line, write_json
+from sheets import Sheet
 
 NAME = "streaming_perplexity"
 MODEL = "smollm2"
@@ -126,17 +127,15 @@ def largest_gap(schemes: Mapping[str, Mapping[str, Any]]) -> tuple[float, int]:
     return gaps[worst], worst
 
 
-def table(result: Mapping[str, Any]) -> Table:
+def sheet(result: Mapping[str, Any]) -> Sheet:
     """One row a scheme, one column a bucket."""
     buckets = math.ceil(result["tokens"] / BUCKET)
-    shown = Table(title=f"Perplexity by bucket of {BUCKET} tokens: {result['model']} on {result['book']['title']}")
-    shown.add_column("cache", no_wrap=True)
-    for bucket in range(buckets):
-        shown.add_column(f"{(bucket + 1) * BUCKET // 1024}k", justify="right")
+    rows = []
     for scheme in result["schemes"].values():
         values = [f"{p:.1f}" if p < 100 else f"{p:.0f}" for p in scheme["perplexity"]]
-        shown.add_row(scheme["title"], *values, *["-"] * (buckets - len(values)))
-    return shown
+        rows.append([scheme["title"], *values, *["-"] * (buckets - len(values))])
+    title = f"Perplexity by bucket of {BUCKET} tokens: {result['model']} on {result['book']['title']}"
+    return Sheet(title, ["cache", *(f"{(b + 1) * BUCKET // 1024}k" for b in range(buckets))], rows)
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
@@ -227,8 +226,8 @@ def main(
                 continue
             length = min(tokens, dense_tokens) if key == "dense" else tokens
             task = progress.add_task(SCHEMES[key].title, total=length - 1)
-            parts[key] = measure(SCHEMES[key], ids[:length], lambda n, task=task: progress.advance(task, n))
-    result = {
+            parts[key] = measure(SCHEMES[key], ids[:length], partial(progress.advance, task))
+    result: dict[str, Any] = {
         "machine": describe_machine(),
         "model": "SmolLM2-135M-Instruct",
         "trained_context": loaded.model.config.max_position_embeddings,
@@ -236,7 +235,7 @@ def main(
         "tokens": tokens,
         "schemes": {key: parts[key] for key in SCHEMES if key in parts},
     }
-    console.print(table(result), soft_wrap=True)
+    console.print(sheet(result).rich(), soft_wrap=True)
     if {"relative", "recompute"} <= set(result["schemes"]):
         gap, bucket = largest_gap(result["schemes"])
         result["largest_gap"] = round(gap, 5)

@@ -1,12 +1,13 @@
 """Attention calls of every kind, and a dense answer that shares no code with the package.
 
-The law is written out with Python's own comparisons, one query and one key at a time; the scores, the bias and the sinks
-are one einsum, one softmax and one more column, in the precision that is asked for.
+The law is written out with Python's own comparisons, one query and one key at a time; the scores, the bias and the
+sinks are one einsum, one softmax and one more column, in the precision that is asked for.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ NAN = float("nan")
 class Positions:
     """Where the queries and the keys of a call stand, and what the host is told of it."""
 
-    q: list[list[int]]  # by row (or one for all rows); -1: no token
-    k: list[list[int]]  # -1: empty slot
+    q: tuple[tuple[int, ...], ...]  # by row (or one for all rows); -1: no token
+    k: tuple[tuple[int, ...], ...]  # -1: empty slot
     known: tuple[Known, ...] | None = None
 
 
@@ -45,11 +46,11 @@ class Case:
     scale: float | None = None
 
     @property
-    def T(self) -> int:
+    def queries(self) -> int:
         return len(self.at.q[0])
 
     @property
-    def S(self) -> int:
+    def slots(self) -> int:
         return len(self.at.k[0])
 
 
@@ -82,7 +83,7 @@ def inputs(case: Case, seed: int = 0) -> Inputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    B, H, K, D, T, S = case.B, case.H, case.K, case.D, case.T, case.S
+    B, H, K, D, T, S = case.B, case.H, case.K, case.D, case.queries, case.slots
     q, k, v = normal(B, H, T, D), normal(B, K, S, D), normal(B, K, S, D)
     q_sink = normal(B, H, T, D) if case.q_sink else None
     no_token = torch.tensor(case.at.q)[:, None, :, None] < 0
@@ -146,11 +147,17 @@ def sees(case: Case, p: int, j: int) -> bool:
 
 def by_pair(case: Case, value: Callable[[int, int], float]) -> Tensor:
     """`[B, T, S]` of a function of the positions."""
-    rows = [
-        [[value(p, j) for j in case.at.k[b % len(case.at.k)]] for p in case.at.q[b % len(case.at.q)]]
-        for b in range(case.B)
-    ]
-    return torch.tensor(rows)
+
+    def row(of: tuple[tuple[int, ...], ...], b: int) -> tuple[int, ...]:
+        return of[b if len(of) > 1 else 0]
+
+    return torch.tensor([[[value(p, j) for j in row(case.at.k, b)] for p in row(case.at.q, b)] for b in range(case.B)])
+
+
+@cache
+def visible(case: Case) -> Tensor:
+    """`[B, 1, T, S]`, the law for every pair."""
+    return by_pair(case, lambda p, j: sees(case, p, j))[:, None]
 
 
 def dense(case: Case, given: Inputs, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -164,11 +171,11 @@ def dense(case: Case, given: Inputs, dtype: torch.dtype = torch.float64) -> tupl
         scores = torch.where(by_pair(case, lambda p, j: j < case.sink_tokens)[:, None], other, scores)
     if given.bias is not None:
         scores = scores + _bias(case, given.bias).to(dtype)
-    seen = by_pair(case, lambda p, j: sees(case, p, j))[:, None]
+    seen = visible(case)
     scores = scores.masked_fill(~seen, -math.inf)
     nothing = ~seen.any(-1, keepdim=True)
     if given.sinks is not None:
-        column = given.sinks.to(dtype)[None, :, None, None].expand(case.B, case.H, case.T, 1)
+        column = given.sinks.to(dtype)[None, :, None, None].expand(case.B, case.H, case.queries, 1)
         scores, v = torch.cat([scores, column], -1), torch.cat([v, torch.zeros_like(v[:, :, :1])], 2)
     weights = torch.softmax(scores.masked_fill(nothing, 0), -1).masked_fill(nothing, 0)
     lse = torch.logsumexp(scores.to(torch.float64), -1)
@@ -176,7 +183,7 @@ def dense(case: Case, given: Inputs, dtype: torch.dtype = torch.float64) -> tupl
 
 
 def _bias(case: Case, terms: BiasTerms) -> Tensor:
-    total = torch.zeros(case.B, case.H, case.T, case.S, dtype=torch.float64)
+    total = torch.zeros(case.B, case.H, case.queries, case.slots, dtype=torch.float64)
     distance = by_pair(case, lambda p, j: p - j)
     if terms.slope is not None:
         total = total - terms.slope.double()[None, :, None, None] * distance.abs()[:, None]
@@ -194,37 +201,38 @@ def _bias(case: Case, terms: BiasTerms) -> Tensor:
 
 def from_zero(T: int) -> Positions:
     """A whole sequence that attends to itself."""
-    at = [list(range(T))]
+    at = (tuple(range(T)),)
     return Positions(at, at, (Known(0, T, T, 0, 0, True),))
 
 
 def after(past: int, T: int, *, unwritten: int = 0) -> Positions:
     """T queries at the end of `past + T` keys, in a buffer with room for more."""
     S = past + T
-    keys = [*range(S), *[-1] * unwritten]
-    return Positions([list(range(past, S))], [keys], (Known(past, T, S, 0, 0, True),))
+    keys = (*range(S), *[-1] * unwritten)
+    return Positions((tuple(range(past, S)),), (keys,), (Known(past, T, S, 0, 0, True),))
 
 
 def past_window(start: int, T: int, window: int, sinks: int) -> Positions:
-    """A chunk with what is left of the past: the kept sink tokens, then the last `window - 1` positions, then itself."""
+    """A chunk with what is left of the past: the kept sink tokens, the last `window - 1` positions, then itself."""
     low = start - window + 1
-    keys = [*range(sinks), *range(low, start + T)]
-    return Positions([list(range(start, start + T))], [keys], (Known(start, T, len(keys), sinks, low, True),))
+    keys = (*range(sinks), *range(low, start + T))
+    return Positions((tuple(range(start, start + T)),), (keys,), (Known(start, T, len(keys), sinks, low, True),))
 
 
 def ring(start: int, T: int, window: int, sinks: int, slack: int) -> Positions:
     """A ring that has wrapped: slot = position modulo its size, behind the kept sink tokens."""
     size, high = window + slack, start + T
-    keys = [*range(sinks), *[-1] * size]
+    slots = [*range(sinks), *[-1] * size]
     for p in range(high - size, high):
-        keys[sinks + (p - sinks) % size] = p
-    return Positions([list(range(start, high))], [keys], (Known(start, T, len(keys), sinks, high - size, False),))
+        slots[sinks + (p - sinks) % size] = p
+    known = Known(start, T, len(slots), sinks, high - size, False)
+    return Positions((tuple(range(start, high)),), (tuple(slots),), (known,))
 
 
 def ragged(rows: list[tuple[int, int, int]], T: int, S: int) -> Positions:
     """Rows (past, tokens, first column of the tokens), each with its own clock, in one padded batch."""
-    q = [[*[-1] * first, *range(past, past + n), *[-1] * (T - first - n)] for past, n, first in rows]
-    k = [[*range(past + n), *[-1] * (S - past - n)] for past, n, _ in rows]
+    q = tuple((*[-1] * first, *range(past, past + n), *[-1] * (T - first - n)) for past, n, first in rows)
+    k = tuple((*range(past + n), *[-1] * (S - past - n)) for past, n, _ in rows)
     return Positions(q, k, tuple(Known(past, n, past + n, 0, 0, True, first) for past, n, first in rows))
 
 
@@ -235,12 +243,12 @@ def scattered(B: int, T: int, S: int, seed: int) -> Positions:
     q = [torch.randperm(S + 5, generator=g)[:T].tolist() for _ in range(B)]
     for b in range(B):
         k[b][3 * b % S :: 4] = [-1] * len(k[b][3 * b % S :: 4])
-        q[b][-1 - b % T] = -1
-    return Positions(q, k)
+        q[b][-1 - b % T] = -1 if T > 1 else q[b][0]
+    return Positions(tuple(map(tuple, q)), tuple(map(tuple, k)))
 
 
 def grid() -> list[Case]:
-    """Every feature alone and several together, at odd sizes; T = 1 and few queries too, which have kernels of their own."""
+    """Every feature alone and several together, at odd sizes; few queries too, which have kernels of their own."""
     cases = [
         *(Case(f"head size {D}", after(24, 13), D=D) for D in (32, 40, 64, 80, 96, 128, 256)),
         *(Case(f"one query, head size {D}", after(36, 1, unwritten=5), D=D) for D in (32, 40, 64, 80, 96, 128, 256)),
@@ -298,10 +306,10 @@ def grid() -> list[Case]:
         Case("left only", from_zero(23), window=4, lookahead=None),
         Case("blocks of 4", from_zero(23), block=4),
         Case("blocks of 3, window, sinks", after(9, 6), block=3, window=7, sink_tokens=2, sinks=(0, 1)),
-        Case("sees nothing", Positions([[5, 0, -1]], [[6, 7, -1, 8, 4]]), sinks=(0, 1)),
-        Case("sees nothing, without sinks", Positions([[5, 0, -1]], [[6, 7, -1, 8, 4]])),
-        Case("all slots empty", Positions([[5]], [[-1] * 7]), sinks=(0, 1)),
-        Case("no token at all", Positions([[-1, -1]], [[0, 1, 2]])),
+        Case("sees nothing", Positions(((5, 0, -1),), ((6, 7, -1, 8, 9),)), sinks=(0, 1)),
+        Case("sees nothing, without sinks", Positions(((5, 0, -1),), ((6, 7, -1, 8, 9),))),
+        Case("all slots empty", Positions(((5,),), ((-1,) * 7,)), sinks=(0, 1)),
+        Case("no token at all", Positions(((-1, -1),), ((0, 1, 2),))),
         Case("positions in the millions", ring(10_000_019, 3, 8, 4, 2), window=8, sink_tokens=4, bias="slope"),
     ]
     for window, sink_tokens in ((6, 2), (1, 3), (30, 1)):

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ CASES = grid()
 NAMES = [impl.name for impl in IMPLS if impl.name != "flex"] + ["auto"]  # flex runs on CUDA only
 # The share of the grid that each implementation must take, so that refusals cannot empty it silently.
 AT_LEAST = {"reference": 1.0, "sdpa": 0.9, "auto": 1.0, "native": 0.2}
-HALF_ONLY_BF16 = {"native"}
+NO_FP16 = {"native"}
 NO_FP64 = {"native"}
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-6}
 EXACT = [(name, dtype) for name in NAMES for dtype in TOLERANCE if not (dtype == torch.float64 and name in NO_FP64)]
+HALF = [(name, torch.bfloat16) for name in NAMES] + [(name, torch.float16) for name in NAMES if name not in NO_FP16]
 
 
 def compute(impl: str, call: AttendCall) -> tuple[Tensor, Tensor]:
@@ -37,7 +39,7 @@ def assert_close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize(("impl", "dtype"), EXACT)
+@pytest.mark.parametrize(("impl", "dtype"), EXACT, ids=str)
 def test_equals_the_dense_answer(impl: str, case: Case, dtype: torch.dtype) -> None:
     given = inputs(case).to(dtype)
     out, lse = compute(impl, call_of(case, given))
@@ -64,7 +66,7 @@ def test_the_grid_is_not_empty(impl: str) -> None:
 @pytest.mark.parametrize("impl", NAMES)
 def test_what_the_host_knows_changes_nothing(impl: str, wants_lse: bool) -> None:
     dtype = torch.float32 if impl in NO_FP64 else torch.float64
-    for case in (case for case in CASES if case.at.known is not None and case.S < 1000):
+    for case in (case for case in CASES if case.at.known is not None and case.slots < 1000):
         given = inputs(case).to(dtype)
         for known in (True, False):
             call = call_of(case, given, known=known, wants_lse=wants_lse)
@@ -98,11 +100,7 @@ LOW = [
 
 
 @pytest.mark.parametrize("case", LOW, ids=lambda case: case.name)
-@pytest.mark.parametrize(
-    ("impl", "dtype"),
-    [(name, torch.bfloat16) for name in NAMES]
-    + [(name, torch.float16) for name in NAMES if name not in HALF_ONLY_BF16],
-)
+@pytest.mark.parametrize(("impl", "dtype"), HALF, ids=str)
 def test_half_precision_is_as_good_as_plain_half_precision_attention(impl: str, case: Case, dtype: torch.dtype) -> None:
     pairs = [low_precision_error(case, dtype, impl, seed) for seed in range(3)]
     ours, plain = (torch.stack(errors) for errors in zip(*pairs, strict=True))
@@ -174,7 +172,7 @@ def test_parts_over_disjoint_keys_merge_exactly(impl: str, cuts: tuple[int, ...]
     call = call_of(case, given)
     compute(impl, call)  # skip as a whole where it cannot
     parts = []
-    for n, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for n, (a, b) in enumerate(pairwise(cuts)):
         part = replace(
             call,
             k=call.k[:, :, a:b],

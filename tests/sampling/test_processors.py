@@ -140,10 +140,28 @@ def test_both_forms_of_top_p_agree(logits, p, more):
     assert torch.equal(ours.keep_top_p(ours.weigh(logits), column(p), logits), want)
 
 
-@pytest.mark.parametrize("p", [1e-9, 0.3, 0.5, 0.9, 0.999999])
-@pytest.mark.parametrize("scale", [0.0, 1e-3, 3.0])
-def test_both_forms_of_top_p_agree_on_large_vocabularies(p, scale):
-    logits = rows(20011) * scale
+def at_digit_borders() -> torch.Tensor:
+    """Positive and negative logits whose bits are all 0 or all 1 over long runs, where digits carry."""
+    torch.manual_seed(0)
+    ends = torch.tensor([0, 1, 2046, 2047])
+    middle, low = ends[torch.randint(0, 4, (2, 6, 4099))]
+    bits = 0x3F800000 + (middle << 11) + low
+    return bits.int().view(torch.float32) * torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])[:, None]
+
+
+LARGE = {
+    "flat": torch.zeros(6, 20011),
+    "narrow": rows(20011) * 1e-3,
+    "wide": rows(20011) * 3,
+    "tied": rows(20011).round(),
+    "borders": at_digit_borders(),
+}
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.05, 0.3, 0.5, 0.7, 0.9, 0.999999])
+@pytest.mark.parametrize("name", LARGE)
+def test_both_forms_of_top_p_agree_on_large_vocabularies(p, name):
+    logits = LARGE[name]
     ids, weights = ranked(logits)
     want = in_id_order(ids, ours.keep_top_p_ranked(weights, column(p)))
     assert torch.equal(ours.keep_top_p(ours.weigh(logits), column(p), logits), want)

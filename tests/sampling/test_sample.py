@@ -330,7 +330,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("vocab_size", [13, 4099, 49152])
+@pytest.mark.parametrize("vocab_size", [13, 20011])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
 def test_a_row_is_bit_for_bit_what_it_is_alone(vocab_size, scale):
     torch.manual_seed(vocab_size)
@@ -349,7 +349,7 @@ def test_a_row_is_bit_for_bit_what_it_is_alone(vocab_size, scale):
         return sample(logits[chosen], configs, draw=draw[chosen], counts=mates, logprobs=4)
 
     alone = [take(torch.tensor([i])) for i in range(batch)]
-    for size in (batch, batch, 7, 5, 2, 2):
+    for size in (batch, 7, 2, 2):
         chosen = torch.randperm(batch)[:size]
         together = take(chosen)
         for place, i in enumerate(chosen.tolist()):

@@ -77,6 +77,16 @@ class Attention(nn.Module):
         self.k_norm = None if qk_norm is None else nn.RMSNorm(D, eps=qk_norm, dtype=dtype, device=device)
         self.sinks = nn.Parameter(torch.zeros(heads, dtype=dtype, device=device)) if sinks else None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters, and so of the cache."""
+        return self.qkv.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.qkv.weight.device
+
     def forward(
         self,
         x: Tensor,
@@ -130,7 +140,7 @@ class Attention(nn.Module):
         return linear(out.transpose(1, 2).reshape(B, T, -1), self.out.weight, self.out.bias)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k, normed and scaled but not yet rotated, as heads of one tensor `[B, H + K, T, D]`; v `[B, K, T, D]`."""
+        """q and k, normed and scaled but not yet rotated, heads of one tensor `[B, H + K, T, D]`; v `[B, K, T, D]`."""
         B, T, _ = x.shape
         fused = linear(x, self.qkv.weight, self.qkv.bias).view(B, T, -1, self.head_dim).transpose(1, 2)
         qk, v = fused[:, : -self.kv_heads], fused[:, -self.kv_heads :]

@@ -1,7 +1,7 @@
 """The caches of a model's layers, and the one clock that they share."""
 
 from collections.abc import Iterator, Sequence
-from typing import overload
+from typing import Protocol, overload
 
 import torch
 from torch import Tensor
@@ -9,6 +9,20 @@ from torch import Tensor
 from longburn.cache.rolling import RollingKVCache
 from longburn.cache.step import Run, Step
 from longburn.cache.window import AttnWindow
+
+
+class CachedLayer(Protocol):
+    """What a layer says about the cache that it needs; `Attention` does."""
+
+    window: AttnWindow
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 class CacheManager(Sequence[RollingKVCache]):
@@ -59,6 +73,33 @@ class CacheManager(Sequence[RollingKVCache]):
         )
         self._device = torch.device(device)
         self._next = [0]  # the next position of every row, or one for all rows
+
+    @classmethod
+    def for_layers(
+        cls, layers: Sequence[CachedLayer], batch: int, *, max_length: int | None = None, slack: int = 0
+    ) -> "CacheManager":
+        """The caches that these layers need, in their type and on their device.
+
+        Raises:
+            ValueError: no layers, or layers of different kv heads, head sizes, types or devices.
+        """
+        kinds = {(layer.kv_heads, layer.head_dim, layer.dtype, layer.device) for layer in layers}
+        if len(kinds) != 1:
+            raise ValueError(
+                f"CacheManager.for_layers: wanted layers that agree in kv heads, head size, type and device, "
+                f"got {len(layers)} layers of {len(kinds)} kinds"
+            )
+        kv_heads, head_dim, dtype, device = kinds.pop()
+        return cls(
+            batch,
+            [layer.window for layer in layers],
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            max_length=max_length,
+            slack=slack,
+            dtype=dtype,
+            device=device,
+        )
 
     def __len__(self) -> int:
         return len(self._caches)

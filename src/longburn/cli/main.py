@@ -1,7 +1,7 @@
 """The command's entry point: what every subcommand shares, and how each way to fail is told."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Annotated
 
@@ -72,9 +72,9 @@ def execute(arguments: Sequence[str] | None = None) -> int:
 def describe_usage(error: typer.TyperException) -> str:
     """Typer's message, and what came, which only the validation error behind it tells."""
     message = error.format_message().rstrip(".")
-    causes = error.__cause__.errors() if hasattr(error.__cause__, "errors") else []
-    came = [repr(cause["input"]) for cause in causes if repr(cause["input"]) not in message]
-    return ", got ".join([message, *came])
+    errors: Callable[[], list[dict[str, object]]] = getattr(error.__cause__, "errors", list)
+    came = [repr(cause["input"]) for cause in errors()]
+    return ", got ".join([message, *(value for value in came if value not in message)])
 
 
 def describe(error: Exception) -> str:

@@ -205,6 +205,8 @@ class RunOptions:
 
             dtype = getattr(torch, self.dtype)
             loaded = load_model(self.model, dtype=dtype, device=device, window=window, progress=on_progress)
+            if interrupted():
+                raise KeyboardInterrupt
         config = replace(config, stop_tokens=loaded.tokenizer.stop_tokens)
         return Stream(loaded, loaded.model.init_cache(1), config, sampler, self.impl)
 

@@ -158,17 +158,7 @@ class Llama(nn.Module):
 
     def init_cache(self, batch: int, *, max_length: int | None = None, slack: int = 0) -> CacheManager:
         """Empty caches for `batch` rows of at most `max_length` positions (None: no end)."""
-        weight = self.embed.weight
-        return CacheManager(
-            batch,
-            [attention.window for attention in self.attentions],
-            kv_heads=self.config.num_key_value_heads,
-            head_dim=self.config.head_dim,
-            max_length=max_length,
-            slack=slack,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        return CacheManager.for_layers(self.attentions, batch, max_length=max_length, slack=slack)
 
     def forward_logits(
         self, tokens: Tensor, cache: CacheManager, *, all_positions: bool = False, commit: bool = True

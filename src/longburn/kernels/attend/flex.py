@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longburn.kernels.attend.call import AttendCall, AttendResult, add_sinks
 
+MAX_KINDS = 256  # different masks and biases that are compiled before it raises; PyTorch's own limit is 8
 MIN_QUERIES = 128  # one tile; below it a compiled FlexAttention call is slower than a masked fused call
 
 
@@ -40,7 +41,11 @@ def why_not(call: AttendCall) -> str | None:
 def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    return torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True)
+    # fullgraph: past the limit of recompilations PyTorch would fall back to a dense, unfused version without a word.
+    return (
+        torch.compile(flex_attention, dynamic=True, fullgraph=True),
+        torch.compile(create_block_mask, dynamic=True, fullgraph=True),
+    )
 
 
 def attend_flex(call: AttendCall) -> AttendResult:
@@ -63,17 +68,18 @@ def attend_flex(call: AttendCall) -> AttendResult:
             seen = seen & ((p - j < window) | (j < sink_tokens))
         return seen
 
-    tiles = create_block_mask(mask, B, None, T, S, device=call.q.device)
-    out, lse = flex_attention(
-        call.q,
-        k,
-        v,
-        score_mod=_score(call),
-        block_mask=tiles,
-        scale=call.scale,
-        enable_gqa=call.groups > 1,
-        return_lse=True,
-    )
+    with torch._dynamo.config.patch(recompile_limit=MAX_KINDS):
+        tiles = create_block_mask(mask, B, None, T, S, device=call.q.device)
+        out, lse = flex_attention(
+            call.q,
+            k,
+            v,
+            score_mod=_score(call),
+            block_mask=tiles,
+            scale=call.scale,
+            enable_gqa=call.groups > 1,
+            return_lse=True,
+        )
     return add_sinks((out, lse), call.sinks)
 
 
