@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 
 from longburn.weights.store import cache_dir
+from sheets import console
 
 CHARSXP, STRSXP = 9, 16  # types in R's serialisation format (R Internals, section 1.8)
 
@@ -182,7 +183,7 @@ def main(
     except BookError as error:
         Console(stderr=True).print(f"books: error: {error}", style="red", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
-    Console(highlight=False).print(book.provenance, soft_wrap=True)
+    console().print(book.provenance)
 
 
 if __name__ == "__main__":

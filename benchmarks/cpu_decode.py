@@ -21,6 +21,7 @@ from cpu_summary import Run, sheets, summarise
 from longburn.weights import fetch
 from machine import Parts, describe_machine, machine_line, write_json
 from peer_weights import write_gguf, write_safetensors
+from sheets import console
 
 NAME = "cpu_decode"
 MODEL, VOCABULARY = "smollm2", 49_152
@@ -96,7 +97,7 @@ def main(
     save: Annotated[bool, typer.Option(help="Write docs/assets/cpu_decode.json.")] = True,
 ) -> None:
     """Decode and prefill tokens/s and peak memory of SmolLM2-135M on the CPU, beside other engines."""
-    console = Console(highlight=False)
+    out = console()
     torch.set_num_threads(threads)
     pythons = {engine: sys.executable if engine == "longburn" else peers_python for engine in MODULES}
     wanted = []
@@ -106,7 +107,7 @@ def main(
         if has_module(pythons[engine], MODULES[engine]):
             wanted.append(engine)
         else:
-            console.print(f"{engine} is left out: {pythons[engine]} has no module {MODULES[engine]}", soft_wrap=True)
+            out.print(f"{engine} is left out: {pythons[engine]} has no module {MODULES[engine]}")
     sizes = [int(context) for context in contexts.split(",")]
     jobs = plan(wanted, dtypes.split(","), sizes, rounds, far if window else None)
     shared = {"threads": threads, "decode_tokens": decode_tokens, "vocab_size": VOCABULARY, "seed": 0}
@@ -135,10 +136,10 @@ def main(
         **summarise([parts[key] for key in jobs]),
     }
     for sheet in sheets(result):
-        console.print(sheet.rich())
-    console.print(machine_line(describe_machine()), soft_wrap=True)
+        out.print(sheet.rich())
+    out.print(machine_line(describe_machine()))
     if save:
-        console.print(f"wrote {write_json(NAME, result)}", soft_wrap=True)
+        out.print(f"wrote {write_json(NAME, result)}")
     parts.clear()
 
 

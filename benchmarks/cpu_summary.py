@@ -21,7 +21,8 @@ def summarise(runs: Sequence[Run]) -> Run:
     for row in rows:
         row["floor"] = bytes_per_second / row.pop("bytes_per_step")
     windows = [_window(run) for run in runs if run["kind"] == "window"]
-    return {"read_gb_s": bytes_per_second / 1e9, "generation": rows, "window": windows}
+    torch_mib = median(run["torch_bytes"] for run in runs if run["kind"] == "bandwidth") / MIB
+    return {"read_gb_s": bytes_per_second / 1e9, "torch_mib": torch_mib, "generation": rows, "window": windows}
 
 
 def _generation(runs: Sequence[Run], ours: Run) -> Run:

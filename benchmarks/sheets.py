@@ -1,9 +1,16 @@
 """A table of results, for the terminal and for the documentation."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.console import Console
 from rich.table import Table
+
+
+def console() -> Console:
+    """Standard output, wide enough for every table where it is not a terminal."""
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
 
 @dataclass(frozen=True)

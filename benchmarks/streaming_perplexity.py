@@ -26,7 +26,7 @@ from longburn.cache import AttnWindow
 from longburn.models import load_model
 from longburn.models.llama import Llama
 from machine import ASSETS, Parts, describe_machine, machine_line, write_json
-from sheets import Sheet
+from sheets import Sheet, console
 
 NAME = "streaming_perplexity"
 MODEL = "smollm2"
@@ -44,12 +44,13 @@ class Scheme:
 
     Attributes:
         window: of every layer, over one cache for the whole stream; None to encode each window from scratch.
-        color, dash: of its line in the plot.
+        color, width, dash: of its line in the plot.
     """
 
     title: str
     window: AttnWindow | None
     color: str
+    width: float = 1.5
     dash: str = "-"
 
 
@@ -61,8 +62,9 @@ SCHEMES = {
         "window 1020 + 4 sinks, relative",
         AttnWindow(CACHE - SINKS, sink_tokens=SINKS, relative_sinks=True),
         "#1f5fbf",
+        width=3.0,
     ),
-    "recompute": Scheme("recompute the window", None, "#111111", "--"),
+    "recompute": Scheme("recompute the window", None, "#111111", 1.2, "--"),
 }
 
 
@@ -145,7 +147,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"font.size": 10, "svg.fonttype": "path", "svg.hashsalt": NAME})
+    plt.rcParams.update({"font.size": 10, "savefig.dpi": 160})
     figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
     trained = result["trained_context"]
     if result["tokens"] > trained:
@@ -163,12 +165,18 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         style = SCHEMES[key]
         ends = [min((bucket + 1) * BUCKET, scheme["tokens"]) for bucket in range(len(scheme["perplexity"]))]
         middles = [(bucket * BUCKET + end) / 2 for bucket, end in enumerate(ends)]
-        label = (
-            f"{scheme['title']} (first {scheme['tokens']:,})"
-            if scheme["tokens"] < result["tokens"]
-            else scheme["title"]
+        cut = f" (first {scheme['tokens']:,})" if scheme["tokens"] < result["tokens"] else ""
+        marker = "o" if style.dash == "-" else ""
+        axes.plot(
+            middles,
+            scheme["perplexity"],
+            style.dash,
+            color=style.color,
+            linewidth=style.width,
+            marker=marker,
+            markersize=2.5 + style.width,
+            label=scheme["title"] + cut,
         )
-        axes.plot(middles, scheme["perplexity"], style.dash, color=style.color, marker="o", markersize=3.5, label=label)
     axes.set_yscale("log")
     axes.set_xlim(0, result["tokens"])
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:.0f}k" if x else "0")
@@ -184,7 +192,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         fontsize=11,
     )
     axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path, metadata={"Date": None}, facecolor="white")
+    figure.savefig(path, facecolor="white")
     plt.close(figure)
 
 
@@ -195,15 +203,15 @@ def main(
     book: Annotated[str | None, typer.Option(help="emma or paradise-lost; default the first to be had.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not take up a run that was cut short.")] = False,
-    save: Annotated[bool, typer.Option(help="Write docs/assets/streaming_perplexity.json and .svg.")] = True,
+    save: Annotated[bool, typer.Option(help="Write docs/assets/streaming_perplexity.json and .png.")] = True,
 ) -> None:
     """Perplexity of SmolLM2-135M-Instruct along a book streamed through a cache of 1024 tokens."""
     if unknown := set(wanted := schemes.split(",")) - set(SCHEMES):
         raise typer.BadParameter(f"--schemes: no {', '.join(sorted(unknown))}; there are {', '.join(SCHEMES)}")
     torch.set_num_threads(threads)
-    console = Console(highlight=False)
+    out = console()
     text = load_book(book)
-    console.print(text.provenance, soft_wrap=True)
+    out.print(text.provenance)
     loaded = load_model(MODEL)
     ids = torch.tensor(loaded.tokenizer.encode(text.text, special=False))
     if len(ids) < tokens:
@@ -235,18 +243,18 @@ def main(
         "tokens": tokens,
         "schemes": {key: parts[key] for key in SCHEMES if key in parts},
     }
-    console.print(sheet(result).rich(), soft_wrap=True)
+    out.print(sheet(result).rich())
     if {"relative", "recompute"} <= set(result["schemes"]):
         gap, bucket = largest_gap(result["schemes"])
         result["largest_gap"] = round(gap, 5)
-        console.print(
+        out.print(
             f"relative sinks against recompute: at most {gap:+.2%} in any bucket ({(bucket + 1) * 2}k); target 3 %"
         )
-    console.print(machine_line(result["machine"]), soft_wrap=True)
+    out.print(machine_line(result["machine"]))
     if save:
         written = write_json(NAME, result)
-        plot(result, ASSETS / f"{NAME}.svg")
-        console.print(f"wrote {written} and {NAME}.svg", soft_wrap=True)
+        plot(result, ASSETS / f"{NAME}.png")
+        out.print(f"wrote {written} and {NAME}.png")
     parts.clear()
 
 

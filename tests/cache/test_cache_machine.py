@@ -1,7 +1,7 @@
 """The caches against a dictionary: whatever is written, taken back and cleared, the right keys are there to be seen.
 
-The model of a row is `{position: number}` of everything that was ever committed or drafted and not taken back. Every key
-that is written carries a number of its own, so a key at the wrong slot, a stale one or a lost one shows.
+The model of a row is `{position: number}` of everything that was written and not taken back. Every key that is written
+carries a number of its own, so a key at the wrong slot, a stale one or a lost one shows.
 """
 
 import pytest
@@ -165,7 +165,8 @@ class Caches(RuleBasedStateMachine):
             if left is None and len(set(counts)) > 1:
                 left = False
         width = max(counts)
-        assume(width > 0)
+        if width == 0:
+            return
         columns = [slice(width - n, width) if left else slice(0, n) for n in counts]
         if left is None:
             step = self.manager.positions(width)
@@ -232,7 +233,7 @@ def _row(held: KeyValues, b: int) -> tuple[list[int], Tensor, Tensor]:
     return pos, held.k[b], held.v[b]
 
 
-Caches.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+Caches.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 TestCaches = Caches.TestCase
 
 
@@ -247,6 +248,5 @@ def test_the_model_would_notice_a_lost_key(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(RollingKVCache, "_slot_slices", one_off)
     machine = Caches()
     machine.build(batch=2, size=5, sinks=1, slack=4, max_length=None)
-    with pytest.raises((AssertionError, RuntimeError)):
-        for count in (3, 4, 5, 2, 1):
-            machine.append(count)
+    with pytest.raises(AssertionError, match="row 0, query at 2"):
+        machine.append(3)

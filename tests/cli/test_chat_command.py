@@ -4,6 +4,10 @@ import signal
 
 import pytest
 
+from longburn.generate import GenerationConfig, generate
+from longburn.models import load_model
+from longburn.models.llama import Llama
+
 GREEDY = ("--temperature", "0", "--max-new-tokens", "9")
 QUESTIONS = ("Why is the sky blue?", "How far is the moon?", "Ça va? 🌙")
 
@@ -11,8 +15,6 @@ QUESTIONS = ("Why is the sky blue?", "How far is the moon?", "Ça va? 🌙")
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """All token ids that the model was fed, in order, over all caches."""
-    from longburn.models.llama import Llama
-
     ids: list[int] = []
     forward = Llama.forward_logits
 
@@ -28,34 +30,24 @@ def lines(*turns: str) -> bytes:
     return "".join(f"{turn}\n" for turn in turns).encode()
 
 
-def test_only_new_tokens_are_read(invoke, tiny, read) -> None:
-    from longburn.models import load_model
-
-    tokenizer = load_model(tiny).tokenizer
+def test_each_token_is_read_once(invoke, tiny, read) -> None:
     outcome = invoke("chat", "--model", tiny, *GREEDY, stdin=lines(*QUESTIONS))
-    assert outcome.code == 0
-    # What was read is the conversation itself: each question once, in the template's words.
-    text = tokenizer.decode(read, special=True)
-    assert text.count("<|im_start|>assistant\n") == len(QUESTIONS)
-    for question in QUESTIONS:
-        assert text.count(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n") == 1
-    # ... and it ends where the last figures say.
-    assert outcome.err.splitlines()[-1].endswith(f"position {len(read)}")
-
-
-def test_a_turn_answers_as_if_all_was_read_anew(invoke, tiny, read) -> None:
-    from longburn.generate import GenerationConfig, generate
-    from longburn.models import load_model
-
+    once = list(read)
+    # The same conversation with everything read anew for each reply.
     loaded = load_model(tiny)
-    chat = invoke("chat", "--model", tiny, *GREEDY, stdin=lines(*QUESTIONS[:2]))
-    begin = loaded.tokenizer.encode("<|im_start|>assistant\n")
-    end = max(i for i in range(len(read)) if read[i - len(begin) : i] == begin)
-    config = GenerationConfig(max_new_tokens=9, stop_tokens=loaded.tokenizer.stop_tokens)
-    events = generate(loaded.model, [read[:end]], config=config, tokenizer=loaded.tokenizer)
-    anew = "".join(event.text for event in events)
-    assert chat.out.rstrip("\n").endswith(anew)
-    assert len(anew) > 3
+    said: list[int] = []
+    replies = ""
+    for question in QUESTIONS:
+        end = "<|im_end|>\n" if said else ""
+        turn = f"{end}<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        said += loaded.tokenizer.encode(turn)
+        config = GenerationConfig(max_new_tokens=9, stop_tokens=loaded.tokenizer.stop_tokens)
+        events = list(generate(loaded.model, [said], config=config, tokenizer=loaded.tokenizer))
+        said += [event.token for event in events]
+        replies += "".join(event.text for event in events) + "\n"
+    assert (outcome.code, outcome.out) == (0, replies)
+    assert once == said[:-1]  # the last token made is not read yet
+    assert outcome.err.splitlines()[-1].endswith(f"position {len(once)}")
 
 
 def test_reset_forgets(invoke, tiny) -> None:
@@ -93,7 +85,6 @@ def test_a_base_model_cannot_chat(invoke, tiny_base) -> None:
 def test_interrupting_a_reply_keeps_the_conversation(invoke, tiny, read, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C after the third token: the reply ends there, the next turn goes on after it and reads nothing twice."""
     from longburn.cli import chat
-    from longburn.models import load_model
 
     tokenizer = load_model(tiny).tokenizer
     made = []

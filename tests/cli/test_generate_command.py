@@ -187,7 +187,10 @@ USAGE = [
     (("--seed", "-1"), "seed"),
     (("--dtype", "int8"), "'int8'"),
     (("--device", "toaster"), "--device 'toaster'"),
+    (("--device", "meta"), "--device 'meta'"),
     (("--threads", "0"), "--threads"),
+    (("--threads", "99999"), "--threads 99999: wanted at most"),
+    (("--impl", "magic"), "no implementation is called 'magic'; there are auto, "),
     (("--stop", ""), "--stop"),
     (("--prompt-file", "x"), "one source"),
     (("--no-such-option",), "--no-such-option"),
@@ -273,7 +276,7 @@ def test_a_truncated_safetensors_file_is_one_line(invoke, tiny, tmp_path: Path) 
         ({"architectures": ["PigeonForCausalLM"], "model_type": "pigeon"}, "igeon"),
         ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}, "rope_parameters": None}, "spiral"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "wobble": 3}}, "wobble"),
-        ({"intermediate_size": 96}, "80"),
+        ({"intermediate_size": 96}, "gate_proj.weight [80, 48]"),
     ],
     ids=["architecture", "rope type", "rope key", "shape"],
 )
@@ -291,13 +294,15 @@ def test_nan_weights_are_one_line(invoke, tiny, tmp_path: Path) -> None:
     failed(invoke("generate", "--model", weights.parent, "--prompt", "x"), "model.layers.1.mlp.up_proj.weight")
 
 
-def test_an_unknown_implementation_is_one_line(invoke, tiny) -> None:
-    failed(invoke("generate", "--model", tiny, "--prompt", "x", "--impl", "magic"), "'magic'", "reference")
+def test_an_implementation_that_cannot_says_why(invoke, tiny) -> None:
+    failed(invoke("generate", "--model", tiny, "--prompt", "x", "--impl", "flex", "--device", "cpu"), "flex", "CUDA")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_is_not_there_is_one_line(invoke, tiny) -> None:
-    failed(invoke("generate", "--model", tiny, "--prompt", "x", "--device", "cuda"), "--device cuda", "no CUDA device")
+    failed(
+        invoke("generate", "--model", tiny, "--prompt", "x", "--device", "cuda"), "--device cuda", "sees 0 CUDA devices"
+    )
 
 
 def test_debug_shows_the_traceback(invoke, tiny, tmp_path: Path) -> None:
@@ -308,7 +313,10 @@ def test_debug_shows_the_traceback(invoke, tiny, tmp_path: Path) -> None:
 
 def test_a_defect_is_one_line_too(invoke, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments, **options):
-        raise TypeError("unexpected\nand long")
+        raise TypeError("one\n\ntwo\nthree")
 
     monkeypatch.setattr("longburn.models.load_model", broken)
-    failed(invoke("generate", "--model", tiny, "--prompt", "x"), "TypeError: unexpected and long (run with --debug")
+    failed(
+        invoke("generate", "--model", tiny, "--prompt", "x"),
+        "unexpected TypeError (--debug shows where): one: two (and 1 more;",
+    )

@@ -81,9 +81,12 @@ def describe(error: Exception) -> str:
     """The message of an error a user can act on; anything else also says what it is and how to see more."""
     if isinstance(error, ValueError | OSError | ImportError | RuntimeError) and str(error):
         return str(error)
-    return f"{type(error).__name__}: {error} (run with --debug for the traceback)"
+    return f"unexpected {type(error).__name__} (--debug shows where): {error}"
 
 
 def fail(message: str, code: int) -> int:
-    typer.echo(f"longburn: error: {' '.join(message.split())}", err=True)
+    """One line on stderr: of a list (of a checkpoint's misfits, say) the head and the first entry."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    more = f" (and {len(lines) - 2} more; --debug shows all)" if len(lines) > 2 else ""
+    typer.echo(f"longburn: error: {': '.join(lines[:2])}{more}", err=True)
     return code

@@ -1,5 +1,6 @@
 """The options that `generate` and `chat` share, as one frozen dataclass, and what they mean to the library."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from inspect import Parameter, Signature, signature
@@ -176,14 +177,29 @@ class RunOptions:
         """Where the model runs. A device that is not there is a failure, one that is none is wrong usage."""
         import torch
 
-        here = torch.cuda.is_available()
+        there = torch.cuda.device_count()
         try:
-            device = torch.device(("cuda" if here else "cpu") if self.device == "auto" else self.device)
-        except RuntimeError as error:
-            raise typer.BadParameter(f"--device {self.device!r}: wanted auto, cpu, cuda, cuda:1, ...") from error
-        if device.type == "cuda" and not here:
-            raise ValueError(f"--device {self.device}: this PyTorch ({torch.__version__}) sees no CUDA device")
+            device = torch.device(("cuda" if there else "cpu") if self.device == "auto" else self.device)
+        except RuntimeError:
+            device = torch.device("meta")
+        if device.type not in ("cpu", "cuda"):
+            raise typer.BadParameter(f"--device {self.device!r}: wanted auto, cpu, cuda or cuda:N")
+        if device.type == "cuda" and (device.index or 0) >= there:
+            raise ValueError(f"--device {self.device}: this PyTorch ({torch.__version__}) sees {there} CUDA devices")
         return device
+
+    def check_machine(self) -> None:
+        """Raises BadParameter for an implementation that does not exist or more threads than there are processors."""
+        from longburn.kernels.registry import ImplError, use_impl
+
+        processors = os.cpu_count() or 1
+        if self.threads and self.threads > processors:
+            raise typer.BadParameter(f"--threads {self.threads}: wanted at most {processors}, one a processor")
+        try:
+            with use_impl(self.impl):
+                pass
+        except ImplError as error:
+            raise typer.BadParameter(f"--impl {self.impl!r}: {error}") from error
 
     def start(self) -> Stream:
         """Reads the model from disk, with a bar on the terminal, and makes its cache. Wrong usage is told before."""
@@ -194,6 +210,7 @@ class RunOptions:
             from longburn.models import load_model
 
             window, config, sampler, device = self.attn_window(), self.generation(), self.sampler(), self.torch_device()
+            self.check_machine()
             check_model(self.model)
             if self.threads:
                 torch.set_num_threads(self.threads)
@@ -204,7 +221,12 @@ class RunOptions:
                 show(done, total)
 
             dtype = getattr(torch, self.dtype)
-            loaded = load_model(self.model, dtype=dtype, device=device, window=window, progress=on_progress)
+            try:
+                loaded = load_model(self.model, dtype=dtype, device=device, window=window, progress=on_progress)
+            except ValueError as error:
+                if self.model in str(error):
+                    raise
+                raise ValueError(f"--model {self.model}: {error}") from error
             if interrupted():
                 raise KeyboardInterrupt
         config = replace(config, stop_tokens=loaded.tokenizer.stop_tokens)

@@ -98,10 +98,10 @@ def generate(
         sampler: one configuration for all rows, or one for each; default greedy.
         tokenizer: for text and stop strings.
         cache: go on from what it holds (a conversation); default an empty one that is as long as this call needs. When
-        the
-            loop ends, every token but each row's last one is in it.
+            the loop ends, every token but each row's last one is in it (after a cancellation that one too).
         on_prefill: called with (prompt tokens read, prompt tokens in all) after each chunk.
-        cancelled: asked before every forward call; True ends the rows that still run with an event "cancelled".
+        cancelled: asked before every chunk of the prompts and before every token but the first; True ends the rows that
+            still run with an event "cancelled".
 
     Returns:
         An iterator of events. Nothing is computed before the first is asked for; arguments are checked at once.

@@ -18,12 +18,13 @@ class LinearCall(NamedTuple):
     bias: Tensor | None
 
 
-def _is_one_row(call: LinearCall) -> str | None:
-    if call.x.device.type != "cpu":
-        return f"runs on the CPU, got {call.x.device.type}"
-    if call.x.numel() != call.x.shape[-1]:
-        return f"computes one row, got {call.x.numel() // call.x.shape[-1]}"
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call):
+def is_one_row(x: Tensor, *tensors: Tensor | None) -> str | None:
+    """Why x is not a single row on the CPU whose gradient (and that of the tensors) nobody wants."""
+    if x.numel() != x.shape[-1]:
+        return f"computes one row, got {x.numel() // x.shape[-1]}"
+    if x.device.type != "cpu":
+        return f"runs on the CPU, got {x.device.type}"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         return "has no gradients"
     return None
 
@@ -43,14 +44,14 @@ def _native(call: LinearCall) -> Tensor:
 
 
 def _native_why_not(call: LinearCall) -> str | None:
-    return _is_one_row(call) or native.why_not(*call) or (None if call.weight.is_contiguous() else "weight has gaps")
+    return is_one_row(*call) or native.why_not(*call) or (None if call.weight.is_contiguous() else "weight has gaps")
 
 
 OPERATION: Operation[LinearCall, Tensor] = Operation(
     "linear",
     (
         Impl("native", _native, _native_why_not),
-        Impl("matvec", _matvec, _is_one_row),
+        Impl("matvec", _matvec, lambda call: is_one_row(*call)),
         Impl("reference", lambda call: F.linear(*call), lambda call: None),
     ),
 )

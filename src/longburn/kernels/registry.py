@@ -46,6 +46,10 @@ class Operation(Generic[Call, Result]):
             ImplError: the named one refuses, or all do; the message holds every reason.
         """
         name = _chosen.get()
+        if name == AUTO:  # every layer of every step comes through here
+            for impl in self.impls:
+                if impl.why_not(call) is None:
+                    return impl.run(call)
         named = name != AUTO and self.name in _offered[name]
         reasons = []
         for impl in self.impls:

@@ -1,10 +1,9 @@
 """Feed-forward blocks."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longburn.kernels.linear import linear
+from longburn.kernels.feedforward import swiglu
 
 
 class SwiGLU(nn.Module):
@@ -28,5 +27,5 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim]` to `[..., dim]`."""
-        gate, up = linear(x, self.gate_up.weight, self.gate_up.bias).chunk(2, -1)
-        return linear(F.silu(gate) * up, self.down.weight, self.down.bias)
+        gate_up, down = self.gate_up, self.down
+        return swiglu(x, gate_up.weight, down.weight, gate_up.bias, down.bias)

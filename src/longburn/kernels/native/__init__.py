@@ -5,6 +5,7 @@ the work. The functions below take tensors, check nothing and return nothing: wh
 """
 
 import ctypes
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 def why_not(*tensors: Tensor | None) -> str | None:
     """Why the compiled kernels cannot take these tensors."""
-    given = [t for t in tensors if t is not None]
-    if any(t.dtype != given[0].dtype for t in given) or given[0].dtype not in TYPES:
-        return f"takes fp32 or bf16, one type for all, got {', '.join(sorted({str(t.dtype) for t in given}))}"
+    kinds = {t.dtype for t in tensors if t is not None}
+    if len(kinds) != 1 or not kinds <= TYPES.keys():
+        return f"takes fp32 or bf16, one type for all, got {', '.join(sorted(map(str, kinds)))}"
     if torch.compiler.is_compiling():
         return "cannot be traced"
     built = library()
@@ -29,6 +30,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+@cache
 def _function(name: str) -> "ctypes._NamedFuncPointer":
     built = library()
     assert not isinstance(built, str)
@@ -39,6 +41,25 @@ def linear(weight: Tensor, x: Tensor, bias: Tensor | None, y: Tensor, out: int, 
     """y `[out]` = weight `[out, size]` x + bias."""
     _function("longburn_linear")(
         weight.data_ptr(), x.data_ptr(), _pointer(bias), y.data_ptr(), out, size, TYPES[x.dtype]
+    )
+
+
+def swiglu(
+    gate_up: Tensor, gate_up_bias: Tensor | None, down: Tensor, bias: Tensor | None, x: Tensor, y: Tensor
+) -> None:
+    """y `[out]` = down `[out, hidden]` (silu(gate) * up) + bias, gate and up the halves of gate_up x + its bias."""
+    out, hidden = down.shape
+    _function("longburn_swiglu")(
+        gate_up.data_ptr(),
+        _pointer(gate_up_bias),
+        down.data_ptr(),
+        _pointer(bias),
+        x.data_ptr(),
+        y.data_ptr(),
+        out,
+        hidden,
+        x.shape[-1],
+        TYPES[x.dtype],
     )
 
 

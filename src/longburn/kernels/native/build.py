@@ -14,7 +14,15 @@ import platformdirs
 import torch
 
 SOURCE = Path(__file__).with_name("rows.c")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-fopenmp", "-std=gnu11")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fPIC",
+    "-fopenmp",
+    "-std=gnu11",
+    "-Werror=implicit-function-declaration",
+)
 
 
 @cache
@@ -37,9 +45,10 @@ def library() -> "ctypes.CDLL | str":
         return f"could not be compiled by {compiler}: {' '.join(detail.split())[:300]}"
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     built.longburn_linear.argtypes = [pointer, pointer, pointer, pointer, integer, integer, ctypes.c_int]
+    built.longburn_swiglu.argtypes = [*[pointer] * 6, *[integer] * 3, ctypes.c_int]
     built.longburn_rms_norm.argtypes = [pointer, pointer, pointer, integer, integer, ctypes.c_float, ctypes.c_int]
     built.longburn_attend.argtypes = [pointer]
-    for function in (built.longburn_linear, built.longburn_rms_norm, built.longburn_attend):
+    for function in (built.longburn_linear, built.longburn_swiglu, built.longburn_rms_norm, built.longburn_attend):
         function.restype = None
     return built
 
@@ -59,7 +68,7 @@ def _built(compiler: str, runtime: Path) -> Path:
             [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
             # Linked with the very runtime that PyTorch has loaded: two pools of threads would wait for each other's
             # cores.
-            [compiler, "-shared", str(compiled), str(runtime), "-lm", "-o", str(linked)],
+            [compiler, "-shared", "-Wl,--no-undefined", str(compiled), str(runtime), "-lm", "-o", str(linked)],
         ):
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
         os.replace(linked, target)  # whole or not at all, also when two processes compile at once

@@ -1,0 +1,80 @@
+"""Puts the figures of `docs/assets/*.json` between the marks of `docs/benchmarks.md`, so that none is typed by hand."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import typer
+
+import constant_memory
+import cpu_decode
+import cpu_summary
+import streaming_perplexity
+from machine import ASSETS, machine_line
+
+PAGE = ASSETS.parent / "benchmarks.md"
+
+
+def perplexity(result: Mapping[str, Any]) -> str:
+    """Plot, table, largest gap, what was read."""
+    image = f"![Perplexity along the book](assets/{streaming_perplexity.NAME}.png)"
+    gap = f"The largest difference of relative sinks from recomputing is {result['largest_gap']:+.2%} in any bucket."
+    book = result["book"]
+    source = f"{book['title']} ({book['origin']}, sha256 `{book['sha256'][:16]}`)"
+    read = f"Read: the first {result['tokens']:,} of {book['tokens']:,} tokens of {source}."
+    return "\n\n".join([image, streaming_perplexity.sheet(result).markdown(), gap, read])
+
+
+def decode(result: Mapping[str, Any]) -> str:
+    """Tables and the versions of the peers."""
+    versions = {row["engine"]: row["version"] for row in result["generation"]}
+    named = ", ".join(f"{engine} ({version})" for engine, version in versions.items())
+    rounds = max(row["rounds"] for row in result["generation"])
+    notes = (
+        f"Medians of {rounds} rounds. Engines: {named}; llama.cpp's cache is {result['llama_kv']}. "
+        f"A process that has only imported torch takes {result['torch_mib']:.0f} MiB."
+    )
+    return "\n\n".join([*(sheet.markdown() for sheet in cpu_summary.sheets(result)), notes])
+
+
+def memory(result: Mapping[str, Any]) -> str:
+    """The series."""
+    return constant_memory.sheet(result).markdown()
+
+
+SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    streaming_perplexity.NAME: perplexity,
+    cpu_decode.NAME: decode,
+    constant_memory.NAME: memory,
+}
+
+
+def fill(page: str, name: str, content: str) -> str:
+    """The page with `content` between the two marks of `name`.
+
+    Raises:
+        ValueError: the page has no such marks.
+    """
+    marks = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    pattern = re.compile(re.escape(marks[0]) + ".*?" + re.escape(marks[1]), re.DOTALL)
+    if not pattern.search(page):
+        raise ValueError(f"{PAGE}: no marks {marks[0]} ... {marks[1]}")
+    return pattern.sub(lambda _: f"{marks[0]}\n{content}\n{marks[1]}", page)
+
+
+def main() -> None:
+    """Fill docs/benchmarks.md from the result files that are there."""
+    page = PAGE.read_text(encoding="utf-8")
+    for name, section in SECTIONS.items():
+        path = ASSETS / f"{name}.json"
+        if not path.is_file():
+            typer.echo(f"{name}: no {path}; its section stays as it is")
+            continue
+        result = json.loads(path.read_text(encoding="utf-8"))
+        page = fill(page, name, f"{section(result)}\n\nMeasured on: {machine_line(result['machine'])}.")
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
