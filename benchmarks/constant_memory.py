@@ -15,6 +15,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from longburn.cache import AttnWindow
 from longburn.models import load_model
 from longburn.models.llama import LlamaConfig
+from longburn.weights import fetch
 from machine import describe_machine, machine_line, write_json
 from memory import MIB, memory_bytes
 from sheets import Sheet, console
@@ -40,7 +41,7 @@ def stream(tokens: int, chunk: int, every: int, dtype: torch.dtype, progress: Pr
     Raises:
         RuntimeError: the cache's bytes differ from the formula after some call.
     """
-    model = load_model("smollm2", dtype=dtype, window=WINDOW).model
+    model = load_model(fetch("smollm2"), dtype=dtype, window=WINDOW).model
     wanted = cache_formula(model.config, WINDOW, dtype.itemsize)
     cache = model.init_cache(1)
     draw = random.Random(0)

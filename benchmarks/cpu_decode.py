@@ -74,7 +74,7 @@ def has_module(python: str, module: str) -> bool:
 def weights_of(engine: str, dtype: str, scratch: Path) -> str:
     """What the engine reads, written to `scratch` where it is not longburn's own file."""
     if engine == "transformers":
-        return str(write_safetensors(MODEL, dtype, scratch / f"safetensors-{dtype}"))
+        return str(write_safetensors(fetch(MODEL), dtype, scratch / f"safetensors-{dtype}"))
     if engine == "llama.cpp":
         return str(write_gguf(fetch(MODEL), dtype, scratch / f"{dtype}.gguf"))
     return str(fetch(MODEL))

@@ -27,13 +27,19 @@ def perplexity(result: Mapping[str, Any]) -> str:
 
 
 def decode(result: Mapping[str, Any]) -> str:
-    """Tables and the versions of the peers."""
+    """Tables, the versions of the peers, and whether they say the same."""
     versions = {row["engine"]: row["version"] for row in result["generation"]}
     named = ", ".join(f"{engine} ({version})" for engine, version in versions.items())
     rounds = max(row["rounds"] for row in result["generation"])
+    same: dict[str, int] = {}
+    for row in result["generation"]:
+        same[row["dtype"]] = min(same.get(row["dtype"], row["same_greedy_tokens"]), row["same_greedy_tokens"])
+    agreement = ", ".join(f"{count} in {dtype}" for dtype, count in same.items())
     notes = (
         f"Medians of {rounds} rounds. Engines: {named}; llama.cpp's cache is {result['llama_kv']}. "
-        f"A process that has only imported torch takes {result['torch_mib']:.0f} MiB."
+        f"A process that has only imported torch takes {result['torch_mib']:.0f} MiB. "
+        f"Of {result['decode_tokens'] + 1} greedy tokens, so many from the first on are the same in all engines and "
+        f"contexts: {agreement}."
     )
     return "\n\n".join([*(sheet.markdown() for sheet in cpu_summary.sheets(result)), notes])
 

@@ -17,7 +17,7 @@ GGUF_TYPES = {
 }
 
 
-def write_safetensors(model: str, dtype: str, directory: Path) -> Path:
+def write_safetensors(model: Path, dtype: str, directory: Path) -> Path:
     """A directory in Hugging Face layout for `AutoModelForCausalLM.from_pretrained`."""
     directory.mkdir(parents=True)
     llama = load_model(model, dtype=getattr(torch, dtype)).model

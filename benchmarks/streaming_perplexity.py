@@ -25,6 +25,8 @@ from books import load_book
 from longburn.cache import AttnWindow
 from longburn.models import load_model
 from longburn.models.llama import Llama
+from longburn.text import Tokenizer
+from longburn.weights import GgufFile, fetch
 from machine import ASSETS, Parts, describe_machine, machine_line, write_json
 from sheets import Sheet, console
 
@@ -212,13 +214,14 @@ def main(
     out = console()
     text = load_book(book)
     out.print(text.provenance)
-    loaded = load_model(MODEL)
-    ids = torch.tensor(loaded.tokenizer.encode(text.text, special=False))
+    path = fetch(MODEL)
+    metadata = GgufFile(path).metadata
+    ids = torch.tensor(Tokenizer.from_gguf(metadata).encode(text.text, special=False))
     if len(ids) < tokens:
         raise typer.BadParameter(f"--tokens {tokens}: the book has {len(ids)}")
     settings = {
         "book": text.sha256,
-        "model": loaded.path.name,
+        "model": path.name,
         "tokens": tokens,
         "dense": dense_tokens,
         "longburn": version("longburn"),
@@ -238,7 +241,7 @@ def main(
     result: dict[str, Any] = {
         "machine": describe_machine(),
         "model": "SmolLM2-135M-Instruct",
-        "trained_context": loaded.model.config.max_position_embeddings,
+        "trained_context": metadata["llama.context_length"],
         "book": {"title": text.title, "origin": text.origin, "sha256": text.sha256, "tokens": len(ids)},
         "tokens": tokens,
         "schemes": {key: parts[key] for key in SCHEMES if key in parts},

@@ -1,5 +1,7 @@
 """What every test shares."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
@@ -15,3 +17,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "cuda" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The real model that some tests read: 98 MB, kept in the user's cache from one run to the next."""
+    from longburn.weights import fetch
+
+    return fetch("smollm2")

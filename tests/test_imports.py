@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -119,6 +120,15 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_imports_run_one_way(path: Path) -> None:
     assert list(violations(path, ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
+def test_no_public_name_is_a_package() -> None:
+    """A package that is called like a function takes its place at the door as soon as it is imported."""
+    import longburn
+
+    for name in longburn.__all__:
+        assert not isinstance(getattr(longburn, name), ModuleType), f"longburn.{name} is a module"
+        assert not (SOURCE / name).exists(), f"src/longburn/{name} is called like the public name {name}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))

@@ -57,7 +57,7 @@ class LlamaConfig:
             num_key_value_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
             max_position_embeddings=config.get("max_position_embeddings", 2048),
-            rope=RotaryEncoding.from_config(config),
+            rope=RotaryEncoding.from_config(_with_theta(config)),
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=config.get("tie_word_embeddings", False),
             attention_bias=config.get("attention_bias", False),
@@ -269,6 +269,13 @@ def _need(config: Mapping[str, Any], key: str) -> Any:
     if config.get(key) is None:
         raise ValueError(f"LlamaConfig: the configuration has no {key!r}")
     return config[key]
+
+
+def _with_theta(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration with Llama's own base of RoPE where it states none: the first Llamas have no such key."""
+    given = (config, config.get("rope_scaling") or {}, config.get("rope_parameters") or {})
+    stated = any(place.get("rope_theta") is not None for place in given)
+    return config if stated else {**config, "rope_theta": 10000.0}
 
 
 def _expect(key: str, came: Any, known: Sequence[str]) -> None:

@@ -79,8 +79,14 @@ def attend_flex(call: AttendCall) -> AttendResult:
             scale=call.scale,
             enable_gqa=call.groups > 1,
             return_lse=True,
+            kernel_options=_options(call),
         )
     return add_sinks((out, lse), call.sinks)
+
+
+def _options(call: AttendCall) -> dict[str, Any] | None:
+    """Tiles of a dense bias do not fit into shared memory beside the default number of stages of keys and values."""
+    return {"num_stages": 1} if call.bias is not None and call.bias.dense is not None else None
 
 
 def _score(call: AttendCall) -> Callable[..., Tensor] | None:

@@ -1,0 +1,23 @@
+"""The opening of Jane Austen's *Emma* (1815), in the public domain: English for a real model to read."""
+
+TEXT = (
+    "Emma Woodhouse, handsome, clever, and rich, with a comfortable home and happy disposition, seemed to unite some of "
+    "the best blessings of existence; and had lived nearly twenty-one years in the world with very little to distress or "
+    "vex her.\n\n"
+    "She was the youngest of the two daughters of a most affectionate, indulgent father; and had, in consequence of her "
+    "sister's marriage, been mistress of his house from a very early period. Her mother had died too long ago for her to "
+    "have more than an indistinct remembrance of her caresses; and her place had been supplied by an excellent woman as "
+    "governess, who had fallen little short of a mother in affection.\n\n"
+    "Sixteen years had Miss Taylor been in Mr. Woodhouse's family, less as a governess than a friend, very fond of both "
+    "daughters, but particularly of Emma. Between them it was more the intimacy of sisters. Even before Miss Taylor had "
+    "ceased to hold the nominal office of governess, the mildness of her temper had hardly allowed her to impose any "
+    "restraint; and the shadow of authority being now long passed away, they had been living together as friend and "
+    "friend very mutually attached, and Emma doing just what she liked; highly esteeming Miss Taylor's judgment, but "
+    "directed chiefly by her own.\n\n"
+    "The real evils, indeed, of Emma's situation were the power of having rather too much her own way, and a disposition "
+    "to think a little too well of herself; these were the disadvantages which threatened alloy to her many enjoyments. "
+    "The danger, however, was at present so unperceived, that they did not by any means rank as misfortunes with her.\n\n"
+    "Sorrow came, a gentle sorrow, but not at all in the shape of any disagreeable consciousness. Miss Taylor married. "
+    "It was Miss Taylor's loss which first brought grief. It was on the wedding-day of this beloved friend that Emma "
+    "first sat in mournful thought of any continuance."
+)
