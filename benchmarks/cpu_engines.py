@@ -43,7 +43,7 @@ class Longburn:
         import torch
 
         from longburn.cache import AttnWindow
-        from longburn.generate import GenerationConfig
+        from longburn.generation import GenerationConfig
         from longburn.models import load_model
 
         torch.set_num_threads(job["threads"])

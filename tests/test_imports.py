@@ -19,7 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"kernels"}),
     frozenset({"cache", "rope", "bias"}),
     frozenset({"attention"}),
-    frozenset({"nn", "generate"}),
+    frozenset({"nn", "generation"}),
     frozenset({"models"}),
     frozenset({"cli"}),
 )
@@ -31,7 +31,7 @@ ASIDE: dict[str, frozenset[str]] = {
 }
 # Who may look aside. Models and the command line may use everything.
 LOOKS_ASIDE: dict[str, frozenset[str]] = {
-    "generate": frozenset({"sampling", "text"}),
+    "generation": frozenset({"sampling", "text"}),
     "models": frozenset(ASIDE),
     "cli": frozenset(ASIDE),
 }
@@ -153,7 +153,7 @@ def test_modules_stay_small(path: Path) -> None:
         ("nn/norm.py", "try:\n    import triton.language as tl\nexcept ImportError:\n    pass", "imports triton"),
         ("models/llama.py", "class A:\n    from transformers import AutoModel", "imports transformers"),
         ("cli/main.py", "import torch", "inside the command"),
-        ("cli/main.py", "from longburn.generate import generate", "inside the command"),
+        ("cli/main.py", "from longburn.generation import generate", "inside the command"),
         ("__init__.py", "from longburn.models import llama", "reach by path"),
     ],
 )
@@ -168,7 +168,7 @@ def test_the_check_sees(module: str, code: str, complaint: str) -> None:
     [
         ("attention/core.py", "from longburn.kernels.attend import run\nfrom ..rope import RotaryEncoding"),
         ("kernels/attend/triton.py", "def launch():\n    import triton"),
-        ("generate/loop.py", "from longburn.sampling import sample\nfrom longburn.text import Tokenizer"),
+        ("generation/loop.py", "from longburn.sampling import sample\nfrom longburn.text import Tokenizer"),
         ("cli/main.py", "import json\nimport typer\nfrom longburn.cli.options import X\ndef f():\n    import torch"),
         ("models/llama.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers"),
     ],

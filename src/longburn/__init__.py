@@ -4,57 +4,21 @@ Positions travel with keys, the mask is arithmetic on positions, and streaming e
 stream is cut into chunks. Models are reached by path, such as `longburn.models.llama`.
 """
 
+from importlib import import_module
 from importlib.metadata import version
-
-from longburn.attention import (
-    Attention,
-    CrossAttention,
-    CrossKeyValues,
-    LinearAttention,
-    LinearState,
-    attend,
-    attend_with_lse,
-    merge,
-)
-from longburn.bias import Alibi, BiasPolicy, BiasTerms, DenseBias, sinks_from_per_head
-from longburn.cache import AttnWindow, CacheManager, RollingKVCache, WindowPolicy
-from longburn.generate import AutoregressiveModel, GenerationConfig, TokenEvent, generate
-from longburn.kernels.registry import ImplError, use_impl
-from longburn.rope import Rope3dEncoding, RotaryEncoding, ntk_yarn
-from longburn.sampling import Sampler, SamplerConfig, sample
-from longburn.weights import load_checkpoint
+from typing import TYPE_CHECKING
 
 __version__ = version("longburn")
 
-__all__ = [
-    "Alibi",
-    "Attention",
-    "AttnWindow",
-    "AutoregressiveModel",
-    "BiasPolicy",
-    "BiasTerms",
-    "CacheManager",
-    "CrossAttention",
-    "CrossKeyValues",
-    "DenseBias",
-    "GenerationConfig",
-    "ImplError",
-    "LinearAttention",
-    "LinearState",
-    "RollingKVCache",
-    "Rope3dEncoding",
-    "RotaryEncoding",
-    "Sampler",
-    "SamplerConfig",
-    "TokenEvent",
-    "WindowPolicy",
-    "attend",
-    "attend_with_lse",
-    "generate",
-    "load_checkpoint",
-    "merge",
-    "ntk_yarn",
-    "sample",
-    "sinks_from_per_head",
-    "use_impl",
-]
+if TYPE_CHECKING:
+    from longburn._public import *  # noqa: F403  # its __all__ is the list of public names
+else:
+    # They are imported when one is first asked for: `longburn --help` must not wait for PyTorch.
+    def __getattr__(name: str) -> object:
+        public = import_module("longburn._public")
+        if name == "__all__" or name in public.__all__:
+            return getattr(public, name)
+        raise AttributeError(f"module 'longburn' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted([*globals(), *import_module("longburn._public").__all__])

@@ -46,7 +46,11 @@ def cases(draw):
         "bias": draw(st.sampled_from([None, "alibi", "dense"])),
         "lengths": lengths,
         "chunks": draw(
-            st.lists(st.sampled_from([1, 1, 2, 3, 5, 11, max(1, reach - 1), reach, reach + 1, 2 * reach + 1]), min_size=1, max_size=6)
+            st.lists(
+                st.sampled_from([1, 1, 2, 3, 5, 11, max(1, reach - 1), reach, reach + 1, 2 * reach + 1]),
+                min_size=1,
+                max_size=6,
+            )
         ),
         "left": draw(st.booleans()),
         "fixed": draw(st.booleans()),
@@ -130,7 +134,9 @@ def stream(case, layer, tokens, biases):
                 bias[b, :, columns] = torch.tensor(biases[b][:, t])
         passes = [x]
         if case["provisional"] and x.shape[1] <= (case["slack"] + 1 if case["window"] else 99):
-            passes.insert(0, torch.where(x.isnan(), x, x.flip(-1) + 1))  # another draft of the same positions, never committed
+            passes.insert(
+                0, torch.where(x.isnan(), x, x.flip(-1) + 1)
+            )  # another draft of the same positions, never committed
         for draft in passes:
             y = layer(draft.nan_to_num(), step, cache=cache[0], bias=bias)
             step = cache.positions(ids)

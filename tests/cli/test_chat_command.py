@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from longburn.generate import GenerationConfig, generate
+from longburn.generation import GenerationConfig, generate
 from longburn.models import load_model
 from longburn.models.llama import Llama
 

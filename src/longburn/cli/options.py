@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from longburn.cache import AttnWindow
-    from longburn.generate import GenerationConfig
+    from longburn.generation import GenerationConfig
     from longburn.sampling import SamplerConfig
 
 DEFAULT_SINK_TOKENS = 4
@@ -165,7 +165,7 @@ class RunOptions:
 
     def generation(self) -> "GenerationConfig":
         """When a reply ends, and in which pieces its prompt is read; the model's stop tokens come with the model."""
-        from longburn.generate import GenerationConfig
+        from longburn.generation import GenerationConfig
 
         if self.stop and "" in self.stop:
             raise typer.BadParameter("--stop '': wanted a text, an empty one would stop at once")

@@ -12,7 +12,7 @@ from longburn.cli.display import progress
 
 if TYPE_CHECKING:
     from longburn.cache import CacheManager
-    from longburn.generate import GenerationConfig, TokenEvent
+    from longburn.generation import GenerationConfig, TokenEvent
     from longburn.models import LoadedModel
     from longburn.sampling import SamplerConfig
 
@@ -73,7 +73,7 @@ class Stream:
 
         The first Ctrl-C ends the reply after the token (or chunk of the prompt) in work, the second one at once.
         """
-        from longburn.generate import generate
+        from longburn.generation import generate
         from longburn.kernels.registry import use_impl
 
         events: list[TokenEvent] = []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from longburn.attention import Attention
 from longburn.cache import CacheManager, RollingKVCache, Step, WindowPolicy
-from longburn.generate.model import check_tokens, last_of_rows
+from longburn.generation.model import check_tokens, last_of_rows
 from longburn.kernels.linear import linear
 from longburn.nn import RMSNorm, SwiGLU
 from longburn.rope import LinearScaling, RopeScaling, RotaryEncoding, YarnScaling

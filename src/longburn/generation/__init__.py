@@ -1,8 +1,8 @@
 """The generation harness: any `AutoregressiveModel`, driven over its caches."""
 
-from longburn.generate.loop import GenerationConfig, GenerationError, TokenEvent, generate
-from longburn.generate.model import AutoregressiveModel, check_tokens, last_of_rows
-from longburn.generate.stop import TextStream
+from longburn.generation.loop import GenerationConfig, GenerationError, TokenEvent, generate
+from longburn.generation.model import AutoregressiveModel, check_tokens, last_of_rows
+from longburn.generation.stop import TextStream
 
 __all__ = [
     "AutoregressiveModel",

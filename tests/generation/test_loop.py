@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longburn import AttnWindow, CacheManager, RotaryEncoding, WindowPolicy
-from longburn.generate import (
+from longburn.generation import (
     AutoregressiveModel,
     GenerationConfig,
     GenerationError,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from longburn.generate.stop import TextStream
+from longburn.generation.stop import TextStream
 
 
 def run(pieces: list[bytes], stops: list[str]) -> tuple[list[str], str | None]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from longburn.cache import CacheManager
-from longburn.generate.model import AutoregressiveModel
-from longburn.generate.stop import TextStream
+from longburn.generation.model import AutoregressiveModel
+from longburn.generation.stop import TextStream
 from longburn.sampling import Sampled, Sampler, SamplerConfig, TokenCounts
 
 Finish = Literal["stop_token", "stop_string", "length", "cancelled"]
