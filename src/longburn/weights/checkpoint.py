@@ -88,7 +88,10 @@ def load_checkpoint(
     placed: dict[str, Tensor] = {}
     bad: list[str] = []
     total, done = sum(math.prod(_cut(ours[link.ours], link.our_range).shape) for link in links), 0
-    for name, group in _by_source(links).items():
+    groups = _by_source(links)
+    # Largest first: the copy that is read is then gone before most of the model stands beside it.
+    for name in sorted(groups, key=lambda name: -math.prod(source.tensors[name].shape)):
+        group = groups[name]
         for link in group:
             if link.ours not in placed:
                 placed[link.ours] = _empty_like(ours[link.ours], dtype, device)

@@ -121,6 +121,10 @@ class GgufFile:
         step = max(1, _CHUNK // columns)
         for first in range(0, rows.shape[0], step):
             flat[first : first + step].copy_(self._decode(name, extent.kind, rows[first : first + step]))
+        # What was read is copied; its pages need not count as this process's memory any longer.
+        page = extent.start - extent.start % mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._data.madvise(mmap.MADV_DONTNEED, page, extent.end - page)
         return out
 
     def _decode(self, name: str, kind: GGMLQuantizationType, rows: np.ndarray) -> Tensor:

@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from longburn.kernels.attend.call import (
     AttendCall,
@@ -263,6 +262,9 @@ def _plain_causal(call: AttendCall) -> AttendResult:
     elif T == S:
         out = F.scaled_dot_product_attention(call.q, k, v, is_causal=True, scale=call.scale, enable_gqa=gqa)
     else:
+        # Imported here because it brings in PyTorch's whole compiler.
+        from torch.nn.attention.bias import causal_lower_right
+
         mask = causal_lower_right(T, S)
         out = F.scaled_dot_product_attention(call.q, k, v, attn_mask=mask, scale=call.scale, enable_gqa=gqa)
     return out, out.new_empty(0)
