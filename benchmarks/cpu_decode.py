@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,9 +18,9 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cpu_summary import Run, sheets, summarise
+from cpu_summary import Run, quiet, sheets, summarise
 from longburn.weights import fetch
-from machine import Parts, describe_machine, machine_line, write_json
+from machine import Parts, busy_seconds, describe_machine, machine_line, write_json
 from peer_weights import write_gguf, write_safetensors
 from sheets import console
 
@@ -54,16 +55,29 @@ def plan(
 def run_job(python: str, job: Mapping[str, Any]) -> Run:
     """The result of one measurement in a fresh process, with the job that it answers.
 
+    `other_cores` says how many cores were busy with anything else meanwhile, on average.
+
     Raises:
         RuntimeError: the process failed; with the end of what it said.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
+    began, busy, own = time.perf_counter(), busy_seconds(), cpu_seconds()
     done = subprocess.run(
         [python, str(WORKER)], input=json.dumps(job), capture_output=True, text=True, env=environment, check=False
     )
     if done.returncode:
         raise RuntimeError(f"{job['kind']} of {job.get('engine', 'longburn')} failed: {done.stderr.strip()[-2000:]}")
-    return {**job, **json.loads(done.stdout.strip().splitlines()[-1])}
+    after = busy_seconds()
+    others = None
+    if busy is not None and after is not None:
+        others = (after - busy - (cpu_seconds() - own)) / (time.perf_counter() - began)
+    return {**job, "other_cores": others, **json.loads(done.stdout.strip().splitlines()[-1])}
+
+
+def cpu_seconds() -> float:
+    """Core-seconds of this process and of those that it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def has_module(python: str, module: str) -> bool:
@@ -117,12 +131,12 @@ def main(
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         tempfile.TemporaryDirectory(prefix="longburn-peers-") as scratch,
-        Progress(*columns, console=Console(stderr=True)) as progress,
+        Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress,
     ):
         task = progress.add_task("weights", total=len(jobs))
         models = {(e, d): weights_of(e, d, Path(scratch)) for e in wanted for d in dtypes.split(",")}
         for key, job in jobs.items():
-            progress.update(task, description=key)
+            progress.update(task, description=key, refresh=True)
             if key not in parts:
                 engine, dtype = job.get("engine", "longburn"), job.get("dtype", DTYPES[0])
                 kv_dtype = dtype if llama_kv == "same" else llama_kv
@@ -137,7 +151,8 @@ def main(
     }
     for sheet in sheets(result):
         out.print(sheet.rich())
-    out.print(machine_line(describe_machine()))
+    out.print(quiet(result))
+    out.print(machine_line(result["machine"]))
     if save:
         out.print(f"wrote {write_json(NAME, result)}")
     parts.clear()

@@ -22,7 +22,14 @@ def summarise(runs: Sequence[Run]) -> Run:
         row["floor"] = bytes_per_second / row.pop("bytes_per_step")
     windows = [_window(run) for run in runs if run["kind"] == "window"]
     torch_mib = median(run["torch_bytes"] for run in runs if run["kind"] == "bandwidth") / MIB
-    return {"read_gb_s": bytes_per_second / 1e9, "torch_mib": torch_mib, "generation": rows, "window": windows}
+    others = [run["other_cores"] for run in runs if run["other_cores"] is not None]
+    return {
+        "read_gb_s": bytes_per_second / 1e9,
+        "torch_mib": torch_mib,
+        "other_cores": [median(others), max(others)] if others else None,
+        "generation": rows,
+        "window": windows,
+    }
 
 
 def _generation(runs: Sequence[Run], ours: Run) -> Run:
@@ -70,6 +77,17 @@ def _window(run: Run) -> Run:
 def memory_limit(weights_bytes: int, cache_bytes: int) -> float:
     """MiB that the project allows itself: 1.2 x (weights + caches + 150 MiB)."""
     return 1.2 * ((weights_bytes + cache_bytes) / MIB + 150)
+
+
+def quiet(result: Mapping[str, Any]) -> str:
+    """How busy the machine was otherwise."""
+    if not result.get("other_cores"):
+        return "How busy the machine was with other work is not known."
+    middle, most = result["other_cores"]
+    return (
+        f"Other work kept {middle:.2f} cores busy during the median measurement, "
+        f"{most:.2f} during the most disturbed one."
+    )
 
 
 def sheets(result: Mapping[str, Any]) -> list[Sheet]:

@@ -39,7 +39,7 @@ def decode(result: Mapping[str, Any]) -> str:
         f"Medians of {rounds} rounds. Engines: {named}; llama.cpp's cache is {result['llama_kv']}. "
         f"A process that has only imported torch takes {result['torch_mib']:.0f} MiB. "
         f"Of {result['decode_tokens'] + 1} greedy tokens, so many from the first on are the same in all engines and "
-        f"contexts: {agreement}."
+        f"contexts: {agreement}. {cpu_summary.quiet(result)}"
     )
     return "\n\n".join([*(sheet.markdown() for sheet in cpu_summary.sheets(result)), notes])
 
@@ -78,7 +78,8 @@ def main() -> None:
             typer.echo(f"{name}: no {path}; its section stays as it is")
             continue
         result = json.loads(path.read_text(encoding="utf-8"))
-        page = fill(page, name, f"{section(result)}\n\nMeasured on: {machine_line(result['machine'])}.")
+        machines = result["machines"] if "machines" in result else [machine_line(result["machine"])]
+        page = fill(page, name, f"{section(result)}\n\nMeasured on: {'; '.join(machines)}.")
     PAGE.write_text(page, encoding="utf-8")
 
 

@@ -51,6 +51,15 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def busy_seconds() -> float | None:
+    """Core-seconds since the machine started in which a core worked, or was taken away by the host; None if unknown."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return None
+    user, nice, system, _, _, irq, softirq, steal = (int(n) for n in stat.read_text().split("\n")[0].split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
 def write_json(name: str, result: Mapping[str, Any]) -> Path:
     """Writes `docs/assets/NAME.json`."""
     ASSETS.mkdir(parents=True, exist_ok=True)

@@ -108,7 +108,7 @@ def bucket_perplexities(nll: Tensor) -> list[float]:
 
 
 def measure(scheme: Scheme, tokens: Tensor, advance: Advance) -> dict[str, Any]:
-    """Perplexity of each bucket, over the whole text, and the time it took."""
+    """Perplexity of each bucket and over the whole text, the time it took and where."""
     model = load_model(MODEL, window=scheme.window).model
     began = time.perf_counter()
     predict = recomputed_nll if scheme.window is None else streamed_nll
@@ -120,6 +120,7 @@ def measure(scheme: Scheme, tokens: Tensor, advance: Advance) -> dict[str, Any]:
         "perplexity": [round(p, 4) for p in bucket_perplexities(nll)],
         "overall": round(math.exp(nll.mean().item()), 4),
         "seconds": round(time.perf_counter() - began, 1),
+        "machine": describe_machine(),
     }
 
 
@@ -224,6 +225,9 @@ def main(
         "model": path.name,
         "tokens": tokens,
         "dense": dense_tokens,
+        "chunk": CHUNK,
+        "cache": CACHE,
+        "sinks": SINKS,
         "longburn": version("longburn"),
     }
     parts = Parts(NAME, settings)
@@ -238,13 +242,14 @@ def main(
             length = min(tokens, dense_tokens) if key == "dense" else tokens
             task = progress.add_task(SCHEMES[key].title, total=length - 1)
             parts[key] = measure(SCHEMES[key], ids[:length], partial(progress.advance, task))
+    measured = {key: parts[key] for key in SCHEMES if key in parts}
     result: dict[str, Any] = {
-        "machine": describe_machine(),
+        "machines": list(dict.fromkeys(machine_line(scheme["machine"]) for scheme in measured.values())),
         "model": "SmolLM2-135M-Instruct",
         "trained_context": metadata["llama.context_length"],
         "book": {"title": text.title, "origin": text.origin, "sha256": text.sha256, "tokens": len(ids)},
         "tokens": tokens,
-        "schemes": {key: parts[key] for key in SCHEMES if key in parts},
+        "schemes": measured,
     }
     out.print(sheet(result).rich())
     if {"relative", "recompute"} <= set(result["schemes"]):
@@ -253,7 +258,7 @@ def main(
         out.print(
             f"relative sinks against recompute: at most {gap:+.2%} in any bucket ({(bucket + 1) * 2}k); target 3 %"
         )
-    out.print(machine_line(result["machine"]))
+    out.print("\n".join(result["machines"]))
     if save:
         written = write_json(NAME, result)
         plot(result, ASSETS / f"{NAME}.png")

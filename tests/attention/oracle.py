@@ -1,4 +1,4 @@
-"""A dense fp64 oracle in NumPy that shares no code with the package: loops over queries and keys, one law, one softmax."""
+"""A dense fp64 oracle in NumPy that shares no code with the package: loops over queries and keys, and one law."""
 
 from dataclasses import dataclass
 

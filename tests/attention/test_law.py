@@ -1,4 +1,4 @@
-"""The law: streaming equals the full forward for every way of cutting the stream, against an independent fp64 oracle."""
+"""The law: streaming equals the full forward for every way of cutting the stream, against a separate fp64 oracle."""
 
 import numpy as np
 import pytest

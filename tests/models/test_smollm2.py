@@ -78,7 +78,7 @@ def test_logits_equal_those_of_transformers(smollm2: LoadedModel, theirs: Any, t
 
 def test_greedy_text_equals_that_of_transformers(smollm2: LoadedModel, theirs: Any) -> None:
     """200 tokens, each the one that transformers ranks first after the same beginning."""
-    prompt = smollm2.tokenizer.encode(chat("Tell me about a lighthouse keeper who finds a strange letter."))
+    prompt = smollm2.tokenizer.encode(chat("Write a short story about a fox who learns to read."))
     events = list(
         generate(smollm2.model, [prompt], config=GenerationConfig(max_new_tokens=200), tokenizer=smollm2.tokenizer)
     )

@@ -266,9 +266,12 @@ def _named(pattern: str, part: str) -> str:
 
 
 def _need(config: Mapping[str, Any], key: str) -> Any:
-    if config.get(key) is None:
+    value = config.get(key)
+    if value is None:
         raise ValueError(f"LlamaConfig: the configuration has no {key!r}")
-    return config[key]
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"LlamaConfig: {key} is {value!r}, wanted a number above 0")
+    return value
 
 
 def _with_theta(config: Mapping[str, Any]) -> Mapping[str, Any]:
