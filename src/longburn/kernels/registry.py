@@ -6,7 +6,6 @@ raises with the reason and never falls back to another.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -14,7 +13,7 @@ Call = TypeVar("Call")
 Result = TypeVar("Result")
 
 AUTO = "auto"
-_chosen: ContextVar[str] = ContextVar("longburn_impl", default=AUTO)
+_chosen = AUTO  # of the whole process: a plain global, because the compiler can trace (and guard on) nothing subtler
 _offered: dict[str, list[str]] = {}  # implementation name -> operations that have it
 
 
@@ -45,7 +44,7 @@ class Operation(Generic[Call, Result]):
         Raises:
             ImplError: the named one refuses, or all do; the message holds every reason.
         """
-        name = _chosen.get()
+        name = _chosen
         if name == AUTO:  # every layer of every step comes through here
             for impl in self.impls:
                 if impl.why_not(call) is None:
@@ -67,6 +66,8 @@ class Operation(Generic[Call, Result]):
 def use_impl(name: str) -> Iterator[None]:
     """Within this block every operation that has an implementation called `name` uses it; `"auto"` chooses freely.
 
+    It holds for the whole process, other threads included.
+
     >>> with use_impl("reference"):
     ...     y = attend(q, k, v)
 
@@ -77,8 +78,9 @@ def use_impl(name: str) -> Iterator[None]:
         raise ImplError(
             f"use_impl: no implementation is called {name!r}; there are {', '.join([AUTO, *sorted(_offered)])}"
         )
-    token = _chosen.set(name)
+    global _chosen
+    before, _chosen = _chosen, name
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _chosen = before

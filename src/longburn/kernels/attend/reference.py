@@ -15,7 +15,7 @@ def _attend(call: AttendCall) -> AttendResult:
     v = torch.where(filled, call.v.to(dtype), 0)
 
     def grouped_heads(x: Tensor) -> Tensor:  # [B, H, ...] to [B, K, H / K, ...]
-        return x.reshape(x.shape[0], -1, call.groups, *x.shape[2:])
+        return x.reshape(x.shape[0], call.k.shape[1], call.groups, *x.shape[2:])
 
     def scores_of(q: Tensor) -> Tensor:
         grouped = grouped_heads(q.to(dtype)) * call.scale

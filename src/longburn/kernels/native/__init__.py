@@ -17,11 +17,11 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 def why_not(*tensors: Tensor | None) -> str | None:
     """Why the compiled kernels cannot take these tensors."""
+    if torch.compiler.is_compiling():
+        return "cannot be traced"
     kinds = {t.dtype for t in tensors if t is not None}
     if len(kinds) != 1 or not kinds <= TYPES.keys():
         return f"takes fp32 or bf16, one type for all, got {', '.join(sorted(map(str, kinds)))}"
-    if torch.compiler.is_compiling():
-        return "cannot be traced"
     built = library()
     return built if isinstance(built, str) else None
 
