@@ -73,6 +73,16 @@ def sheet(result: Mapping[str, Any]) -> Sheet:
     return Sheet(title, ("position", "cache MiB", "resident MiB", "peak MiB"), rows)
 
 
+def finding(result: Mapping[str, Any]) -> str:
+    """What the series shows; `stream` would not have come to its end had one cache differed from the formula."""
+    first, last = result["series"][0], result["series"][-1]
+    grown = (last["peak"] - first["peak"]) / MIB
+    return (
+        f"The cache's bytes equal the formula after each of {result['calls']} calls. "
+        f"Peak memory grew by {grown:.1f} MiB from position {first['position']:,} to {last['position']:,}."
+    )
+
+
 def main(
     tokens: Annotated[int, typer.Option(min=WINDOW.size or 1, help="How long the stream is.")] = 100_000,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens a call.")] = 512,
@@ -89,11 +99,8 @@ def main(
     ) as progress:
         measured = stream(tokens, chunk, every, getattr(torch, dtype), progress)
     result = {"machine": describe_machine(), "dtype": dtype, **measured}
-    first, last = result["series"][0], result["series"][-1]
     out.print(sheet(result).rich())
-    out.print(f"the cache's bytes equal the formula after each of {result['calls']} calls")
-    grown = (last["peak"] - first["peak"]) / MIB
-    out.print(f"peak memory grew by {grown:.1f} MiB from position {first['position']:,} to {last['position']:,}")
+    out.print(finding(result))
     out.print(machine_line(result["machine"]))
     if save:
         out.print(f"wrote {write_json(NAME, result)}")

@@ -45,8 +45,8 @@ def decode(result: Mapping[str, Any]) -> str:
 
 
 def memory(result: Mapping[str, Any]) -> str:
-    """The series."""
-    return constant_memory.sheet(result).markdown()
+    """The series, and what it shows."""
+    return "\n\n".join([constant_memory.sheet(result).markdown(), constant_memory.finding(result)])
 
 
 SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {

@@ -194,7 +194,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         f"{result['model']} reads {result['book']['title'].split(' (')[0]} through a cache of {CACHE} tokens",
         fontsize=11,
     )
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, facecolor="white")
     plt.close(figure)
 

@@ -28,7 +28,7 @@ class Streamed:
         """The oracle's output `[T, M]` for one row of tokens `[T, M]` at the positions 0 .. T - 1."""
         window = self.layer.window
         result = attention(
-            x.detach().numpy(),
+            x.detach().double().numpy(),
             self.weights,
             window=window.size,
             sink_tokens=window.sink_tokens,
@@ -54,6 +54,7 @@ def build(
     rope: bool = True,
     sinks: bool = False,
     seed: int = 0,
+    dtype: torch.dtype = torch.float64,
 ) -> Streamed:
     g = np.random.default_rng(seed)
     weights = Weights(
@@ -71,7 +72,7 @@ def build(
         window=window,
         rope=RotaryEncoding(head_dim, theta=THETA) if rope else None,
         sinks=sinks,
-        dtype=torch.float64,
+        dtype=dtype,
     )
     with torch.no_grad():
         layer.qkv.weight.copy_(torch.tensor(np.concatenate([a.reshape(-1, M) for a in weights_of(weights)])))
@@ -114,7 +115,7 @@ def stream(layer: Attention, x: Tensor, cache: CacheManager, chunks: Sequence[in
 def padded(rows: Sequence[Tensor], *, left: bool) -> tuple[Tensor, Tensor]:
     """Rows of different lengths as one batch; NaN and -1 where there is no token."""
     width = max(len(row) for row in rows)
-    x = torch.full((len(rows), width, M), NAN, dtype=torch.float64)
+    x = torch.full((len(rows), width, M), NAN, dtype=rows[0].dtype)
     ids = torch.full((len(rows), width), -1)
     for b, row in enumerate(rows):
         own = slice(width - len(row), width) if left else slice(0, len(row))

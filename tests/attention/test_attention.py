@@ -88,6 +88,29 @@ def test_streaming_equals_the_full_forward_in_fp32(window: AttnWindow | None, ch
     torch.testing.assert_close(got, full, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [None, "alibi"])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (8, 1)])
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_decoding_ragged_rows_in_fp32(window: AttnWindow | None, heads: tuple[int, int], bias: str | None) -> None:
+    """A few tokens a call at a head size that is a multiple of 16: the calls for which there are kernels in C, which
+    know no fp64. Rows of different lengths, past the wrap, against the oracle."""
+    one = build(window, heads=heads[0], kv_heads=heads[1], head_dim=16, sinks=True, dtype=torch.float32)
+    policy = Alibi(heads[0]) if bias else None
+    rows = [tokens(n, seed=n).float() for n in (29, 4, 17)]
+    x, ids = padded(rows, left=False)
+    cache = one.cache(batch=3, slack=1)
+    parts = []
+    for at in range(0, 29, 2):
+        step = cache.positions(ids[:, at : at + 2])
+        with torch.no_grad():
+            parts.append(one.layer(x[:, at : at + 2], step, cache=cache[0], bias=policy))
+        cache.advance(step)
+    got = torch.cat(parts, 1).double()
+    for b, row in enumerate(rows):
+        wanted = one.wanted(row, slopes=policy.slopes.double().numpy()) if policy else one.wanted(row)
+        assert (got[b, : len(row)] - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
 def manual(layer: Attention, x: Tensor, *, scale: float, prescale: bool) -> Tensor:
     """The layer's formula, written with PyTorch's own functions on one head at a time."""
     T, H, K, D = x.shape[1], layer.heads, layer.kv_heads, layer.head_dim

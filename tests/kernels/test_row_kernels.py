@@ -1,4 +1,4 @@
-"""The linear map and the RMS norm: every implementation that this machine has, against the formula in fp64."""
+"""Linear map, RMS norm, gated feed-forward: every implementation that this machine has, against the formula in fp64."""
 
 import pytest
 import torch
@@ -6,24 +6,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longburn import ImplError, use_impl
+from longburn.kernels import feedforward as feedforward_kernels
 from longburn.kernels import linear as linear_kernels
 from longburn.kernels import norm as norm_kernels
+from longburn.kernels.feedforward import SwiGLUCall, swiglu
 from longburn.kernels.linear import LinearCall, linear
 from longburn.kernels.norm import NormCall, rms_norm
 
-ONE_ROW = [((), 1, 1), ((1,), 7, 5), ((1, 1), 576, 193), ((1, 1), 64, 50)]  # leading sizes, in, out
-ROWS = [((1, 3), 33, 17), ((2, 1), 64, 9), ((0,), 5, 3)]
 DTYPES = {  # the C kernels know two types
     impl: [torch.float32, torch.bfloat16] + ([] if impl == "native" else [torch.float64, torch.float16])
     for impl in ("native", "matvec", "reference")
 }
-LINEAR = [
-    (impl.name, dtype, sizes)
-    for impl in linear_kernels.OPERATION.impls
-    for dtype in DTYPES[impl.name]
-    for sizes in (ONE_ROW + ROWS if impl.name == "reference" else ONE_ROW)
-]
-NORM = [(impl.name, dtype) for impl in norm_kernels.OPERATION.impls for dtype in DTYPES[impl.name]]
+ONE_ROW = [((), 1, 1), ((1,), 7, 5), ((1, 1), 576, 193), ((1, 1), 64, 50)]  # leading sizes, in, out
+ROWS = [((1, 3), 33, 17), ((2, 1), 64, 9), ((0,), 5, 3)]
+GATED_ROW = [((1,), 7, 5, 3), ((1, 1), 64, 96, 64), ((1, 1), 33, 130, 17)]  # leading sizes, in, hidden, out
+GATED_ROWS = [((2, 3), 24, 40, 24)]
+
+
+def grid(operation, one_row: list, rows: list) -> list:
+    """Implementation, type and sizes: only the reference takes several rows."""
+    return [
+        (impl.name, dtype, sizes)
+        for impl in operation.impls
+        for dtype in DTYPES[impl.name]
+        for sizes in (one_row + rows if impl.name == "reference" else one_row)
+    ]
 
 
 def compute(operation, impl: str, call) -> Tensor:
@@ -36,7 +43,7 @@ def compute(operation, impl: str, call) -> Tensor:
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("impl", "dtype", "sizes"), LINEAR, ids=str)
+@pytest.mark.parametrize(("impl", "dtype", "sizes"), grid(linear_kernels.OPERATION, ONE_ROW, ROWS), ids=str)
 def test_linear(impl: str, dtype: torch.dtype, sizes: tuple[tuple[int, ...], int, int], biased: bool) -> None:
     leading, n, m = sizes
     g = torch.Generator().manual_seed(n)
@@ -65,8 +72,10 @@ def test_linear_has_gradients() -> None:
     assert torch.autograd.gradcheck(lambda *a: linear(*a), (x, weight, bias.requires_grad_()))
 
 
-@pytest.mark.parametrize("shape", [(1,), (1, 1, 576), (3, 7), (2, 5, 33), (16, 64)])
-@pytest.mark.parametrize(("impl", "dtype"), NORM, ids=str)
+NORM_SHAPES = [(1,), (1, 1, 576), (3, 7), (2, 5, 33), (16, 64)]
+
+
+@pytest.mark.parametrize(("impl", "dtype", "shape"), grid(norm_kernels.OPERATION, NORM_SHAPES, [(40, 64)]), ids=str)
 def test_rms_norm(impl: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     g = torch.Generator().manual_seed(shape[-1])
     x = (3 * torch.randn(shape, generator=g, dtype=torch.float64)).to(dtype)
@@ -90,6 +99,33 @@ def test_rms_norm_of_zeros_and_of_large_numbers_is_finite() -> None:
 def test_rms_norm_has_gradients() -> None:
     x, weight = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 5), (5,)))
     assert torch.autograd.gradcheck(lambda *a: rms_norm(*a, 1e-5), (x, weight))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("impl", "dtype", "sizes"), grid(feedforward_kernels.OPERATION, GATED_ROW, GATED_ROWS), ids=str
+)
+def test_swiglu(impl: str, dtype: torch.dtype, sizes: tuple[tuple[int, ...], int, int, int], biased: bool) -> None:
+    leading, dim, hidden, out = sizes
+    g = torch.Generator().manual_seed(dim)
+    shapes = ((*leading, dim), (2 * hidden, dim), (2 * hidden,), (out, hidden), (out,))
+    x, gate_up, gate_up_bias, down, down_bias = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
+    gate_up, down = gate_up / dim**0.5, down / hidden**0.5
+    biases = (gate_up_bias, down_bias) if biased else (None, None)
+    call = SwiGLUCall(x, gate_up, biases[0], down, biases[1])
+    got = compute(feedforward_kernels.OPERATION, impl, call)
+    assert (got.shape, got.dtype) == ((*leading, out), dtype)
+    exact = [None if t is None else t.double() for t in call]
+    gate, up = F.linear(exact[0], exact[1], exact[2]).chunk(2, -1)
+    wanted = F.linear(gate * torch.sigmoid(gate) * up, exact[3], exact[4])
+    gate, up = F.linear(x, gate_up, biases[0]).chunk(2, -1)
+    plain = (F.linear(F.silu(gate) * up, down, biases[1]).double() - wanted).abs().max()
+    assert (got.double() - wanted).abs().max() <= 2 * plain + 2 * torch.finfo(dtype).eps * wanted.abs().max()
+
+
+def test_swiglu_has_gradients() -> None:
+    shapes = ((2, 3), (8, 3), (3, 4), (8,), (3,))
+    assert torch.autograd.gradcheck(swiglu, [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes])
 
 
 def test_a_named_row_kernel_refuses_with_its_reason() -> None:

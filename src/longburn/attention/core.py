@@ -8,7 +8,8 @@ from torch import Tensor
 from longburn.bias import BiasContext, BiasPolicy
 from longburn.cache import AttnWindow
 from longburn.kernels import attend as kernels
-from longburn.kernels.attend import AttendCall, BiasTerms, Known
+from longburn.kernels.attend import AttendCall, AttendResult, BiasTerms, Known
+from longburn.kernels.attend.call import add_sinks
 
 
 def attend(
@@ -50,8 +51,7 @@ def attend(
         ValueError: shapes that disagree.
         ImplError: the implementation named by `use_impl` cannot compute this call.
     """
-    call = _call(q, k, v, q_pos, k_pos, window, bias, sinks, scale, q_sink, known, wants_lse=False)
-    return kernels.run(call)[0]
+    return _run(_call(q, k, v, q_pos, k_pos, window, bias, sinks, scale, q_sink, known, wants_lse=False))[0]
 
 
 def attend_with_lse(
@@ -72,7 +72,17 @@ def attend_with_lse(
 
     Results over disjoint sets of keys merge exactly: `merge([(out, lse), ...])`. Let sinks into one part only.
     """
-    return kernels.run(_call(q, k, v, q_pos, k_pos, window, bias, sinks, scale, q_sink, known, wants_lse=True))
+    return _run(_call(q, k, v, q_pos, k_pos, window, bias, sinks, scale, q_sink, known, wants_lse=True))
+
+
+def _run(call: AttendCall) -> AttendResult:
+    """The result of the call. Without queries or keys there is nothing to compute: kernels need not know the case."""
+    if call.q.numel() and call.k.shape[2]:
+        return kernels.run(call)
+    out = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
+    wide = torch.promote_types(out.dtype, torch.float32)
+    nothing = torch.full(out.shape[:3], -math.inf, dtype=wide, device=out.device)
+    return add_sinks((out, nothing), call.sinks)
 
 
 def _call(

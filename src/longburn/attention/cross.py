@@ -77,7 +77,7 @@ class CrossAttention(nn.Module):
             raise ValueError(
                 f"CrossAttention.keys_values: mask is {mask.dtype} {tuple(mask.shape)}, wanted bool ({B}, {S})"
             )
-        k, v = linear(context, self.kv.weight, self.kv.bias).view(B, S, 2, -1, self.head_dim).unbind(2)
+        k, v = linear(context, self.kv.weight, self.kv.bias).view(B, S, 2, self.kv_heads, self.head_dim).unbind(2)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if self.k_norm is not None:
             k = self.k_norm(k)
