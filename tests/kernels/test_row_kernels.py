@@ -87,6 +87,18 @@ def test_rms_norm(impl: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None
     torch.testing.assert_close(got.double(), wanted, rtol=4 * eps, atol=4 * eps)
 
 
+@pytest.mark.parametrize("round_last", [False, True])
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_rms_norm_rounds_before_or_after_the_weight(impl: str, round_last: bool) -> None:
+    g = torch.Generator().manual_seed(3)
+    x, weight = (torch.randn(shape, generator=g).to(torch.bfloat16) for shape in ((16, 288), (288,)))
+    after = F.rms_norm(x.float(), (288,), weight.float(), 1e-5).to(torch.bfloat16)
+    before = F.rms_norm(x.float(), (288,), None, 1e-5).to(torch.bfloat16) * weight
+    assert (after != before).sum() > 500
+    got = compute(norm_kernels.OPERATION, impl, NormCall(x, weight, 1e-5, round_last))
+    assert (got != (after if round_last else before)).sum() <= 5  # the last bit of a sum may tip a rounding
+
+
 def test_rms_norm_of_zeros_and_of_large_numbers_is_finite() -> None:
     """In bf16 the square of a large activation is past fp16's range, and eps keeps 0 / 0 away."""
     weight = torch.ones(64, dtype=torch.bfloat16)

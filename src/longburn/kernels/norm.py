@@ -12,18 +12,20 @@ NATIVE_ROWS = 16  # a decode step's; more rows are PyTorch's, which spreads them
 
 
 class NormCall(NamedTuple):
-    """x `[..., n]`, weight `[n]`."""
+    """x `[..., n]`, weight `[n]`; `round_last` as in `rms_norm`."""
 
     x: Tensor
     weight: Tensor
     eps: float
+    round_last: bool = False
 
 
 def _reference(call: NormCall) -> Tensor:
-    """In at least fp32; the result is rounded to x's type before it is multiplied by the weight, as Llama does."""
     wide = call.x.to(torch.promote_types(call.x.dtype, torch.float32))
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + call.eps)
-    return (wide * scale).to(call.x.dtype) * call.weight
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + call.eps)
+    if call.round_last:
+        return (normed * call.weight).to(call.x.dtype)
+    return normed.to(call.x.dtype) * call.weight
 
 
 def _native(call: NormCall) -> Tensor:
@@ -36,6 +38,8 @@ def _native_why_not(call: NormCall) -> str | None:
     x, weight = call.x, call.weight
     if x.device.type != "cpu":
         return f"runs on the CPU, got {x.device.type}"
+    if call.round_last and x.dtype != torch.float32:
+        return "rounds before it multiplies by the weight"
     if x.numel() > NATIVE_ROWS * x.shape[-1]:
         return f"computes up to {NATIVE_ROWS} rows, got {x.numel() // x.shape[-1]}"
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -50,6 +54,10 @@ OPERATION: Operation[NormCall, Tensor] = Operation(
 )
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension."""
-    return OPERATION(NormCall(x, weight, eps))
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, round_last: bool = False) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, normalised in fp32 at least.
+
+    `round_last`: multiply by the weight before the one rounding to x's type, as GPT-OSS does. Otherwise round first and
+    multiply in x's type, as Llama does. In fp32 they are the same.
+    """
+    return OPERATION(NormCall(x, weight, eps, round_last))
