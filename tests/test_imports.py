@@ -36,7 +36,7 @@ LOOKS_ASIDE: dict[str, frozenset[str]] = {
     "cli": frozenset(ASIDE),
 }
 # Loaded where they are first used: optional, slow to import, or absent on some machines.
-NEVER_AT_MODULE_LEVEL = {"triton", "transformers", "matplotlib"}
+NEVER_AT_MODULE_LEVEL = {"triton", "transformers", "matplotlib", "tiktoken", "openai_harmony"}
 # The command line must answer --help at once: nothing heavy until a command runs.
 LIGHT_AT_MODULE_LEVEL = {"typer", "rich", "click", "longburn.cli"} | set(sys.stdlib_module_names)
 

