@@ -1,4 +1,4 @@
-"""The gated feed-forward block `down(silu(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202)."""
+"""The gated feed-forward block `down(silu(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202), and GPT-OSS's activation."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longburn.kernels import native
-from longburn.kernels.linear import is_one_row, linear
+from longburn.kernels.linear import NATIVE_ROWS, few_rows, linear
 from longburn.kernels.registry import Impl, Operation
 
 
@@ -27,17 +27,18 @@ def _reference(call: SwiGLUCall) -> Tensor:
 
 
 def _native(call: SwiGLUCall) -> Tensor:
-    x, gate_up, gate_up_bias, down, down_bias = call
-    y = torch.empty(*x.shape[:-1], down.shape[0], dtype=x.dtype)
-    native.swiglu(gate_up, gate_up_bias, down, down_bias, x.contiguous(), y)
+    x, (out, hidden) = call.x.contiguous(), call.down.shape
+    y = torch.empty(*x.shape[:-1], out, dtype=x.dtype)
+    tensors = (call.gate_up, call.gate_up_bias, call.down, call.down_bias, x, y)
+    sizes = (x.numel() // x.shape[-1], out, hidden, x.shape[-1], native.TYPES[x.dtype])
+    native.launch("swiglu", *map(native.address, tensors), *sizes)
     return y
 
 
 def _native_why_not(call: SwiGLUCall) -> str | None:
-    reason = is_one_row(call.x, *call) or native.why_not(*call)
-    if reason is None and not (call.gate_up.is_contiguous() and call.down.is_contiguous()):
+    if not (call.gate_up.is_contiguous() and call.down.is_contiguous()):
         return "a weight has gaps"
-    return reason
+    return few_rows(NATIVE_ROWS, *call) or native.why_not(*call)
 
 
 OPERATION: Operation[SwiGLUCall, Tensor] = Operation(
@@ -50,3 +51,14 @@ def swiglu(
 ) -> Tensor:
     """`down(silu(gate(x)) * up(x))` for x `[..., dim]`; gate and up are the halves of `gate_up` `[2 * hidden, dim]`."""
     return OPERATION(SwiGLUCall(x, gate_up, gate_up_bias, down, down_bias))
+
+
+def clamped_swiglu(gate_up: Tensor, *, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
+    """`g sigmoid(alpha g) (u + 1)`, `[..., 2 I]` to `[..., I]`: the activation of GPT-OSS's experts.
+
+    g and u are the even and the odd entries; g is clamped to at most `limit`, u to within `-limit .. limit`.
+    Computed in fp32 at least and rounded once.
+    """
+    wide = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32))
+    gate, up = wide[..., 0::2].clamp(max=limit), wide[..., 1::2].clamp(-limit, limit)
+    return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(gate_up.dtype)

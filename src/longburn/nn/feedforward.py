@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from longburn.kernels.feedforward import swiglu
+from longburn.kernels.feedforward import clamped_swiglu, swiglu
+
+__all__ = ["SwiGLU", "clamped_swiglu"]
 
 
 class SwiGLU(nn.Module):
