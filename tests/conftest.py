@@ -25,3 +25,11 @@ def smollm2_path() -> Path:
     from longburn.weights import fetch
 
     return fetch("smollm2")
+
+
+@pytest.fixture(scope="session")
+def o200k_path() -> Path:
+    """GPT-OSS's vocabulary: 4 MB, kept in the user's cache."""
+    from longburn.weights import fetch
+
+    return fetch("o200k")

@@ -12,6 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models
 
+from longburn.text.core import Core, TokenizersCore
 from longburn.text.pretokenizers import PRE_TOKENIZERS
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # values of tokenizer.ggml.token_type
@@ -27,11 +28,9 @@ class TokenizerParts:
 
     Attributes:
         core: the encoder.
-        spell: from the text of a token in the vocabulary to the bytes it stands for.
     """
 
-    core: tokenizers.Tokenizer
-    spell: Callable[[str], bytes]
+    core: Core
     bos: int | None = None
     eos: int | None = None
     add_bos: bool = False
@@ -70,8 +69,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> TokenizerParts:
         elif kind == _USER_DEFINED:
             core.add_tokens([AddedToken(text, special=False, normalized=False)])
     return TokenizerParts(
-        core,
-        spell=_spell_byte_level,
+        TokenizersCore(core, _spell_byte_level),
         bos=meta.get("ggml.bos_token_id", int),
         eos=meta.get("ggml.eos_token_id", int),
         add_bos=meta.get("ggml.add_bos_token", bool) or False,
@@ -99,8 +97,7 @@ def from_file(path: Path) -> TokenizerParts:
     if not all(type(id) is int for id in stops):
         raise TokenizerError(f"eos_token_id of generation_config.json is {stops!r}, wanted ids")
     return TokenizerParts(
-        core,
-        spell=_speller(spec.get("decoder"), file),
+        TokenizersCore(core, _speller(spec.get("decoder"), file)),
         bos=_named_token(core, config, "bos_token"),
         eos=_named_token(core, config, "eos_token"),
         add_bos=config.get("add_bos_token", bool) or False,

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import tokenizers
 
 from longburn.text import sources
 from longburn.text.sources import TokenizerError, TokenizerParts
@@ -29,15 +26,10 @@ class Tokenizer:
     """
 
     def __init__(self, parts: TokenizerParts) -> None:
-        self._core, self._spell = parts.core, parts.spell
-        self._core.no_truncation()
-        self._core.no_padding()
-        added = self._core.get_added_tokens_decoder()
-        self._added = {id: token.content for id, token in added.items()}
-        self._special = frozenset(id for id, token in added.items() if token.special)
-        self._texts = {id: text for text, id in self._core.get_vocab(with_added_tokens=True).items()}
-        self.vocab_size = max(self._texts, default=-1) + 1
-        self.special_tokens: Mapping[str, int] = {self._added[id]: id for id in sorted(self._special)}
+        self._core = parts.core
+        self.vocab_size = self._core.vocab_size
+        self.special_tokens: Mapping[str, int] = self._core.special_tokens
+        self._special = frozenset(self.special_tokens.values())
         self.bos, self.eos, self.add_bos = parts.bos, parts.eos, parts.add_bos
         self.stop_tokens = parts.stop_tokens | ({parts.eos} if parts.eos is not None else set())
         self.chat_template = parts.chat_template
@@ -77,7 +69,8 @@ class Tokenizer:
         Raises:
             TokenizerError: a lone surrogate, which UTF-8 cannot express.
         """
-        return list(self._encode(text, special).ids)
+        check_text(text, "encode")
+        return self._core.encode(text, special=special)
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Special tokens are left out unless `special`.
@@ -96,37 +89,23 @@ class Tokenizer:
         self._check(token)
         if token in self._special and not special:
             return b""
-        if token in self._added:
-            return self._added[token].encode()
-        return self._spell(self._texts.get(token, ""))
+        return self._core.spell(token)
 
     def cut_at_special(self, text: str) -> list[str | int]:
         """`text` as stretches of ordinary text and, between them, the ids of the special tokens that stand in it."""
-        encoding = self._encode(text, special=True)
-        pieces: list[str | int] = []
-        end = 0
-        for id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-            if id in self._special:
-                pieces += [text[end:start], id]
-                end = stop
-        return [piece for piece in (*pieces, text[end:]) if piece != ""]
-
-    def _encode(self, text: str, special: bool) -> tokenizers.Encoding:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"encode: text has the lone surrogate {text[error.start]!a} at {error.start}"
-            ) from error
-        return (self._core if special else self._literal).encode(text, add_special_tokens=False)
-
-    @cached_property
-    def _literal(self) -> tokenizers.Tokenizer:
-        """A copy of the core that takes special tokens for ordinary text: the choice is a setting of the object."""
-        literal = tokenizers.Tokenizer.from_str(self._core.to_str())
-        literal.encode_special_tokens = True
-        return literal
+        check_text(text, "cut_at_special")
+        return self._core.cut_at_special(text)
 
     def _check(self, token: int) -> None:
         if not 0 <= token < self.vocab_size:
             raise TokenizerError(f"token {token} is beyond the vocabulary, wanted 0 to {self.vocab_size - 1}")
+
+
+def check_text(text: str, operation: str) -> None:
+    """Raises TokenizerError for a lone surrogate, which UTF-8 cannot express."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"{operation}: text has the lone surrogate {text[error.start]!a} at {error.start}"
+        ) from error
