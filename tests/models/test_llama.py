@@ -289,7 +289,7 @@ def test_files_that_do_not_fit_their_configuration(write: Made, tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"config.json: not JSON"):
         load_model(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no config.json; wanted a directory in Hugging Face layout"):
+    with pytest.raises(CheckpointError, match=r"no config.json; wanted a model directory"):
         load_model(tmp_path)
 
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from longburn.attention import Attention
-from longburn.cache import CacheManager, RollingKVCache, Step, WindowPolicy
-from longburn.generation.model import check_tokens, last_of_rows
-from longburn.kernels.linear import linear
+from longburn.cache import RollingKVCache, Step, WindowPolicy
+from longburn.models.decoder import Decoder
 from longburn.nn import RMSNorm, SwiGLU
 from longburn.rope import LinearScaling, RopeScaling, RotaryEncoding, YarnScaling
 from longburn.weights import InterleavedRows, Merge, Part, Rename, Rule, Skip, Tied
@@ -122,7 +121,7 @@ class LlamaBlock(nn.Module):
         return x + self.mlp.forward(self.mlp_norm.forward(x))
 
 
-class Llama(nn.Module):
+class Llama(Decoder):
     """A Llama model; implements `AutoregressiveModel`.
 
     Args:
@@ -134,66 +133,16 @@ class Llama(nn.Module):
     def __init__(
         self, config: LlamaConfig, *, policy: WindowPolicy | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
-        super().__init__()
         policy = policy or WindowPolicy.full()
-        self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
-        self.layers = nn.ModuleList(
-            LlamaBlock(config, layer, policy, dtype) for layer in range(config.num_hidden_layers)
+        super().__init__(
+            config.vocab_size,
+            config.hidden_size,
+            (LlamaBlock(config, layer, policy, dtype) for layer in range(config.num_hidden_layers)),
+            RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype),
+            tied=config.tie_word_embeddings,
+            dtype=dtype,
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
-        if config.tie_word_embeddings:
-            self.head.weight = self.embed.weight
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the number of token ids."""
-        return self.config.vocab_size
-
-    @property
-    def attentions(self) -> Sequence[Attention]:
-        """The attention layers, first to last."""
-        return [layer.attention for layer in self.layers]  # type: ignore[misc]
-
-    def init_cache(self, batch: int, *, max_length: int | None = None, slack: int = 0) -> CacheManager:
-        """Empty caches for `batch` rows of at most `max_length` positions (None: no end)."""
-        return CacheManager.for_layers(self.attentions, batch, max_length=max_length, slack=slack)
-
-    def forward_logits(
-        self, tokens: Tensor, cache: CacheManager, *, all_positions: bool = False, commit: bool = True
-    ) -> Tensor:
-        """Logits of what follows the tokens, at the cache's next positions.
-
-        Args:
-            tokens: `[B, T]` int64; -1 is no token (padding on either side, or a row that pauses; on the CPU only).
-            cache: is written to, and its clock advanced by the tokens of every row if `commit`.
-            all_positions: `[B, T, V]` instead of `[B, V]` for each row's last token.
-            commit: False leaves the clock where it was, so that the next call writes the same positions again.
-
-        Raises:
-            ValueError: a token id outside the vocabulary, or no room in the cache. Nothing is committed then.
-        """
-        check_tokens(tokens, self.vocab_size)
-        step = cache.positions(tokens)
-        x = self.embed(tokens.to(self.embed.weight.device).clamp_min(0))
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x = layer(x, step, layer_cache)
-        if not all_positions:
-            x = last_of_rows(x, step)
-        logits = linear(self.norm(x), self.head.weight)
-        if commit:
-            cache.advance(step)
-        return logits
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits `[B, T, V]` of whole sequences `[B, T]`, without a cache (training)."""
-        check_tokens(tokens, self.vocab_size)
-        step = Step.from_zero(tokens.shape[1], tokens.device)
-        x = self.embed(tokens)
-        for layer in self.layers:
-            x = layer(x, step, None)
-        return linear(self.norm(x), self.head.weight)
+        self.config = config
 
 
 def hf_rules(config: LlamaConfig) -> tuple[Rule, ...]:

@@ -1,17 +1,16 @@
 """A model and its tokenizer, from a name, a GGUF file or a directory."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from longburn.cache import AttnWindow, WindowPolicy
 from longburn.models.llama import Llama, LlamaConfig, gguf_rules, hf_rules
+from longburn.models.settings import read_settings
 from longburn.text import Tokenizer
-from longburn.weights import CheckpointError, GgufFile, Rule, SafetensorsSource, TensorSource, load_checkpoint, locate
+from longburn.weights import GgufFile, Rule, SafetensorsSource, TensorSource, load_checkpoint, locate
 
 Progress = Callable[[int, int], None]
 
@@ -68,17 +67,5 @@ def _from_gguf(path: Path) -> Parts:
 
 
 def _from_directory(path: Path) -> Parts:
-    config = LlamaConfig.from_hf(_read_config(path / "config.json"))
+    config = LlamaConfig.from_hf(read_settings(path))
     return SafetensorsSource(path), config, hf_rules(config), Tokenizer.from_file(path)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent}: no config.json; wanted a directory in Hugging Face layout")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: holds a {type(config).__name__}, wanted an object")
-    return config

@@ -2,7 +2,20 @@
 
 from longburn.weights.checkpoint import CheckpointMismatch, load_checkpoint, open_source, save_checkpoint
 from longburn.weights.gguf import GgufFile
-from longburn.weights.rules import InterleavedRows, Layout, Merge, Part, Rename, Rule, Skip, Split, Stack, Tied
+from longburn.weights.packed import PackedNames
+from longburn.weights.rules import (
+    InterleavedRows,
+    Layout,
+    Merge,
+    Part,
+    Rename,
+    Rule,
+    Skip,
+    Split,
+    Stack,
+    Tied,
+    Transposed,
+)
 from longburn.weights.sources import CheckpointError, SafetensorsSource, TensorInfo, TensorSource
 from longburn.weights.store import ModelEntry, StoreError, available, fetch, locate
 
@@ -14,6 +27,7 @@ __all__ = [
     "Layout",
     "Merge",
     "ModelEntry",
+    "PackedNames",
     "Part",
     "Rename",
     "Rule",
@@ -25,6 +39,7 @@ __all__ = [
     "TensorInfo",
     "TensorSource",
     "Tied",
+    "Transposed",
     "available",
     "fetch",
     "load_checkpoint",

@@ -78,6 +78,17 @@ class NewAxis:
 
 
 @dataclass(frozen=True)
+class Transposed:
+    """Ours has the last two dimensions of theirs swapped (dense experts of Hugging Face's GPT-OSS: `[E, in, out]`)."""
+
+    def to_ours(self, tensor: Tensor) -> Tensor:
+        return tensor.transpose(-1, -2)
+
+    def to_theirs(self, tensor: Tensor) -> Tensor:
+        return tensor.transpose(-1, -2)
+
+
+@dataclass(frozen=True)
 class Range:
     """Entries `start` to `start + size` of dimension `dim`, which has `total` entries."""
 
