@@ -71,7 +71,7 @@ def _austen(files: Files) -> Iterator[tuple[str, str]]:
         yield lines[0].title(), prose("\n".join(lines))
 
 
-# Of what the package ships, the works whose author died before 1955 and, if translated, whose English is from before 1929.
+# Of what the package ships: the authors died before 1955, and translations are from before 1929.
 NOVELS = (
     "Conrard, Joseph - Heart of Darkness",
     "Eliot, George - Brother Jacob",
