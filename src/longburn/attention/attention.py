@@ -100,8 +100,7 @@ class Attention(nn.Module):
         Args:
             x: `[B, T, M]`.
             positions: of x, `[B|1, T]` int64 (-1: no token), or the step that a `CacheManager` handed out (which also
-            lets
-                the layers of a model share what they derive from it). Default without a cache: `0 .. T - 1`.
+                lets the layers of a model share what they derive from it). Default without a cache: `0 .. T - 1`.
             cache: this layer's; x is written to it. None: x is all there is.
             bias: a policy, or a tensor `[B|1, H|1, T, P]` whose columns are the absolute key positions `0 .. P - 1`.
 
@@ -121,9 +120,9 @@ class Attention(nn.Module):
             qk = self.rope.rotate(qk, self._angles(step, x.dtype))
         q, k = qk[:, : self.heads], qk[:, self.heads :]
         if cache is None:
-            k_pos, known = step.positions, _of_self(step)
+            k_pos, known, ascending = step.positions, _of_self(step), False
         else:
-            k, v, k_pos, known = cache.update(k, v, step)
+            k, v, k_pos, known, ascending = cache.update(k, v, step)
         out = attend(
             q,
             k,
@@ -136,6 +135,7 @@ class Attention(nn.Module):
             scale=1.0 if self.prescale else self.scale,
             q_sink=q_sink,
             known=known,
+            ascending=ascending,
         )
         return linear(out.transpose(1, 2).reshape(B, T, -1), self.out.weight, self.out.bias)
 

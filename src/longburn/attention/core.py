@@ -25,6 +25,7 @@ def attend(
     scale: float | None = None,
     q_sink: Tensor | None = None,
     known: tuple[Known, ...] | None = None,
+    ascending: bool = False,
 ) -> Tensor:
     """Softmax attention of queries over keys that carry their positions, `[B, H, T, D]`.
 
@@ -43,6 +44,7 @@ def attend(
         scale: of the scores; default `1 / sqrt(D)`.
         q_sink: a second query `[B, H, T, D]` for the keys at positions below `window.sink_tokens` (relative sinks).
         known: what the host knows of the positions; given by caches, it only saves work.
+        ascending: no slot holds a position below its own index, as in a cache; it only saves work.
 
     Returns:
         `[B, H, T, D]` in the type of q.
@@ -51,7 +53,7 @@ def attend(
         ValueError: shapes that disagree.
         ImplError: the implementation named by `use_impl` cannot compute this call.
     """
-    return _run(_call(q, k, v, q_pos, k_pos, window, bias, sinks, scale, q_sink, known, wants_lse=False))[0]
+    return _run(_call(q, k, v, q_pos, k_pos, window, bias, sinks, scale, q_sink, known, ascending, wants_lse=False))[0]
 
 
 def attend_with_lse(
@@ -67,12 +69,13 @@ def attend_with_lse(
     scale: float | None = None,
     q_sink: Tensor | None = None,
     known: tuple[Known, ...] | None = None,
+    ascending: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`attend`, and the log-sum-exp `[B, H, T]` of its scores (sinks included; `-inf` where nothing is seen).
 
     Results over disjoint sets of keys merge exactly: `merge([(out, lse), ...])`. Let sinks into one part only.
     """
-    return _run(_call(q, k, v, q_pos, k_pos, window, bias, sinks, scale, q_sink, known, wants_lse=True))
+    return _run(_call(q, k, v, q_pos, k_pos, window, bias, sinks, scale, q_sink, known, ascending, wants_lse=True))
 
 
 def _run(call: AttendCall) -> AttendResult:
@@ -97,6 +100,7 @@ def _call(
     scale: float | None,
     q_sink: Tensor | None,
     known: tuple[Known, ...] | None,
+    ascending: bool,
     *,
     wants_lse: bool,
 ) -> AttendCall:
@@ -126,6 +130,7 @@ def _call(
         sinks=sinks,
         q_sink=q_sink,
         known=known,
+        ascending=ascending,
         wants_lse=wants_lse,
     )
 

@@ -1,6 +1,7 @@
 """The caches of a model's layers, and the one clock that they share."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol, overload
 
 import torch
@@ -73,6 +74,7 @@ class CacheManager(Sequence[RollingKVCache]):
         )
         self._device = torch.device(device)
         self._next = [0]  # the next position of every row, or one for all rows
+        self._fixed: Step | None = None
 
     @classmethod
     def for_layers(
@@ -139,6 +141,8 @@ class CacheManager(Sequence[RollingKVCache]):
         Raises:
             ValueError: the tokens' rows disagree with the batch, or a row would pass `max_length`.
         """
+        if self._fixed is not None:
+            return self._fixed
         counts, length, offsets = self._counts(tokens)
         rows = max(len(self._next), len(counts))
         runs = tuple(Run(*run) for run in zip(*(_spread(x, rows) for x in (self._next, counts, offsets)), strict=True))
@@ -181,6 +185,36 @@ class CacheManager(Sequence[RollingKVCache]):
             runs = step.runs * self.batch if len(step.runs) == 1 else step.runs
             nexts = self.row_positions
             self._next = [run.end if run.size else at for run, at in zip(runs, nexts, strict=True)]
+
+    @contextmanager
+    def fixed_step(self, positions: Tensor) -> Iterator[None]:
+        """Within it, `positions` hands out this tensor, of whose values the host knows nothing.
+
+        So a step can be recorded and run again on other values. Whatever runs it sees to it that `takes` allows that,
+        and says so by `wrote`. What is written within is not noted.
+        """
+        before = [cache.bookmark() for cache in self._caches]
+        self._fixed = Step(positions, None, None)
+        try:
+            yield
+        finally:
+            self._fixed = None
+            for cache, mark in zip(self._caches, before, strict=True):
+                cache.restore(mark)
+
+    def takes(self, step: Step) -> bool:
+        """Whether every layer would write this step in place, into the memory that it has."""
+        return all(cache.takes(step) for cache in self._caches)
+
+    def wrote(self, step: Step) -> None:
+        """A recorded step wrote these positions, which `takes` allowed."""
+        for cache in self._caches:
+            cache.wrote(step)
+
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        """Keys, values and positions of every layer; other tensors after a buffer has grown."""
+        return tuple(tensor for cache in self._caches for tensor in cache.memory)
 
     def rewind(self, tokens: int | Sequence[int]) -> None:
         """Take back the last `tokens` positions of every row, or a number for each row.

@@ -1,5 +1,6 @@
 """One layer's keys and values, over a ring of slots or a buffer that grows."""
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,9 @@ from torch import Tensor
 from longburn.cache.extent import Extent
 from longburn.cache.step import Run, Step
 from longburn.cache.window import AttnWindow
+from longburn.kernels.append import AppendCall, append
 from longburn.kernels.attend import Known
+from longburn.kernels.native.tape import is_recording
 
 PAGE = 256  # tokens; a growing buffer is a multiple of it
 
@@ -21,6 +24,7 @@ class KeyValues(NamedTuple):
     v: Tensor
     pos: Tensor
     known: tuple[Known, ...] | None
+    ascending: bool  # no slot holds a position below its own index
 
 
 class RollingKVCache:
@@ -119,31 +123,75 @@ class RollingKVCache:
         runs = self._extent.runs(step, self.batch)
         if runs is None:
             self._extent.forget(step.bound)
-            return self._update_by_position(k, v, step)
-        self._check_restart(runs)
-        self._widen(len(runs))
-        by_slices = len(runs) == 1 or k.device.type == "cpu"
-        if by_slices and all(self._in_place(run) for run in runs):
+            self._widen(step.positions.shape[0])
+        else:
+            self._check_restart(runs)
+            self._widen(len(runs))
+        if self.ring is None or step.length <= self.slack + 1 or (runs and all(self._in_place(run) for run in runs)):
             return self._update_in_place(k, v, step, runs)
-        if len(runs) == 1:
-            return self._update_past_window(k, v, step, runs[0])
+        return self._update_past_window(k, v, step, runs)
+
+    # A step that is recorded once and then run again does not come through `update`.
+
+    @property
+    def memory(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The buffers of keys, values and positions."""
+        return self._k, self._v, self._pos
+
+    def takes(self, step: Step) -> bool:
+        """Whether `update` would write this step in place, into the memory that there is."""
+        if step.bound is None or (self.ring is None and step.bound > self.slots) or step.length > self.slack + 1:
+            return False
+        runs = self._extent.runs(step, self.batch)
+        return (
+            runs is not None
+            and len(runs) == self._pos.shape[0]
+            and all(run.start >= self.earliest_restart(row) for row, run in enumerate(runs))
+        )
+
+    def wrote(self, step: Step) -> None:
+        """The step was written by other hands."""
+        runs = self._extent.runs(step, self.batch)
+        assert runs is not None
         self._extent.note(runs)
-        return self._update_by_position(k, v, step)
+
+    def bookmark(self) -> Extent:
+        """What the host knows now, for `restore`."""
+        return copy.deepcopy(self._extent)
+
+    def restore(self, mark: Extent) -> None:
+        """Forget what was noted since the bookmark."""
+        self._extent = mark
 
     def _in_place(self, run: Run) -> bool:
-        return self.ring is None or run.end <= self.slots or run.size <= self.slack + 1
+        return run.end <= self.slots or run.size <= self.slack + 1
 
-    def _update_in_place(self, k: Tensor, v: Tensor, step: Step, runs: Sequence[Run]) -> KeyValues:
-        for b, run in enumerate(runs):
-            rows = slice(None) if len(runs) == 1 else slice(b, b + 1)
-            self._write(k, v, step, run, rows, run.start)
-        self._extent.note(runs)
-        n = self._extent.filled(len(runs), self.slots)
-        known = self._extent.known(runs, self.slots, self.window.sink_tokens)
-        return KeyValues(self._k[:, :, :n], self._v[:, :, :n], self._pos[:, :n], known)
+    def _update_in_place(self, k: Tensor, v: Tensor, step: Step, runs: Sequence[Run] | None) -> KeyValues:
+        self._append(k, v, step)
+        n, known = self.slots, None
+        if runs is not None:
+            self._extent.note(runs)
+            n = self._extent.filled(len(runs), self.slots)
+            known = self._extent.known(runs, self.slots, self.window.sink_tokens)
+        return KeyValues(self._k[:, :, :n], self._v[:, :, :n], self._pos[:, :n], known, True)
 
-    def _update_past_window(self, k: Tensor, v: Tensor, step: Step, run: Run) -> KeyValues:
-        """A chunk beyond the slack: the old keys in order, then the new ones; written only after that."""
+    def _update_past_window(self, k: Tensor, v: Tensor, step: Step, runs: Sequence[Run] | None) -> KeyValues:
+        """A chunk beyond the slack: attended to together with the old keys, and written after that was put together."""
+        if runs is not None and len(runs) == 1:
+            result = self._old_and_new(k, v, step, runs[0])
+        else:
+            pos, n = step.positions.expand(self._pos.shape[0], -1), self.slots
+            first = torch.where(pos >= 0, pos, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
+            old = torch.where(self._pos[:, :n] < first, self._pos[:, :n], -1)
+            keys, values = torch.cat([self._k[:, :, :n], k], 2), torch.cat([self._v[:, :, :n], v], 2)
+            result = KeyValues(keys, values, torch.cat([old, pos], 1), None, False)
+        self._append(k, v, step)
+        if runs is not None:
+            self._extent.note(runs)
+        return result
+
+    def _old_and_new(self, k: Tensor, v: Tensor, step: Step, run: Run) -> KeyValues:
+        """The keys that the run's first query still sees, in order, and then the run's own."""
         assert self.window.size is not None
         sinks = self.window.sink_tokens
         low = max(run.start - self.window.size + 1, sinks)
@@ -152,59 +200,12 @@ class RollingKVCache:
         keys = torch.cat([*(self._k[:, :, s] for s in old), k[:, :, new]], 2)
         values = torch.cat([*(self._v[:, :, s] for s in old), v[:, :, new]], 2)
         pos = torch.cat([*(self._pos[:, s] for s in old), step.positions[:, new]], 1)
-        self._write(k, v, step, run, slice(None), max(run.start, run.end - (self.ring or 0)))
-        self._extent.note([run])
         head, first = (0, 0) if low == sinks else (sinks, low)
         known = Known(run.start, run.size, keys.shape[2], head, first, True, run.offset)
-        return KeyValues(keys, values, pos, (known,))
+        return KeyValues(keys, values, pos, (known,), False)
 
-    def _update_by_position(self, k: Tensor, v: Tensor, step: Step) -> KeyValues:
-        """Any positions at all, by arithmetic on the device."""
-        T, sinks, ring = step.length, self.window.sink_tokens, self.ring
-        if step.positions.shape[0] > 1:
-            self._widen(self.batch)
-        pos = step.positions.expand(self._pos.shape[0], T)
-        kept, slot = pos >= 0, pos
-        if ring is not None:
-            slot = torch.where(pos < sinks, pos, sinks + (pos - sinks) % ring)
-            if ring < T:
-                kept = kept & ((pos < sinks) | (pos > pos.amax(1, keepdim=True) - ring))
-        slot = torch.where(kept, slot, self.slots)
-        n = self.slots
-        if ring is None or self.slack + 1 >= T:
-            self._scatter(k, v, pos, slot)
-            return KeyValues(self._k[:, :, :n], self._v[:, :, :n], self._pos[:, :n], None)
-        first = torch.where(pos >= 0, pos, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
-        old = torch.where(self._pos[:, :n] < first, self._pos[:, :n], -1)
-        result = KeyValues(
-            torch.cat([self._k[:, :, :n], k], 2), torch.cat([self._v[:, :, :n], v], 2), torch.cat([old, pos], 1), None
-        )
-        self._scatter(k, v, pos, slot)
-        return result
-
-    def _scatter(self, k: Tensor, v: Tensor, pos: Tensor, slot: Tensor) -> None:
-        if slot.shape[0] == 1:
-            self._k.index_copy_(2, slot[0], k)
-            self._v.index_copy_(2, slot[0], v)
-        else:
-            index = slot[:, None, :, None].expand(k.shape)
-            self._k.scatter_(2, index, k)
-            self._v.scatter_(2, index, v)
-        self._pos.scatter_(1, slot, pos)
-
-    def _write(self, k: Tensor, v: Tensor, step: Step, run: Run, rows: slice, start: int) -> None:
-        """Write the run's kept sink tokens, and its positions from `start` on, into their slots."""
-        spans = [(run.start, min(run.end, self.window.sink_tokens))] if start > run.start else []
-        for low, high in [*spans, (start, run.end)]:
-            column = run.offset + low - run.start
-            for slots in self._slot_slices(low, high):
-                columns = slice(column, column + slots.stop - slots.start)
-                self._k[rows, :, slots] = k[rows, :, columns]
-                self._v[rows, :, slots] = v[rows, :, columns]
-                self._pos[rows if self._pos.shape[0] > 1 else slice(None), slots] = step.positions[
-                    rows if step.positions.shape[0] > 1 else slice(None), columns
-                ]
-                column = columns.stop
+    def _append(self, k: Tensor, v: Tensor, step: Step) -> None:
+        append(AppendCall(k, v, step.positions, self._k, self._v, self._pos, self.window.sink_tokens, self.ring))
 
     def _slot_slices(self, low: int, high: int) -> list[slice]:
         """The slots of the positions `low .. high - 1` (at most one turn of the ring), in their order."""
@@ -291,6 +292,8 @@ class RollingKVCache:
             return
         bound = step.bound
         if bound is None:
+            if is_recording():  # whoever runs the tape sees to it that there is room
+                return
             if self.fixed:  # the host must not wait for the device: the device itself refuses
                 torch._assert_async((step.positions < self.slots).all(), "RollingKVCache.update: capacity exceeded")
                 return

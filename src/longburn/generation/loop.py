@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longburn.cache import CacheManager
+from longburn.generation.graph import DecodeStep
 from longburn.generation.model import AutoregressiveModel
 from longburn.generation.stop import TextStream
 from longburn.sampling import Sampled, Sampler, SamplerConfig, TokenCounts
@@ -141,6 +142,7 @@ def _run(
         counts.add_prompt(_padded(prompts))
     live = list(range(len(prompts)))
     positions = [start + len(prompt) for start, prompt in zip(cache.row_positions, prompts, strict=True)]
+    step = DecodeStep(model, cache)
     logits = _prefill(model, prompts, config.chunk_size, cache, on_prefill, cancelled)
     for made in range(config.max_new_tokens):
         if logits is None or (made and cancelled()):
@@ -161,8 +163,7 @@ def _run(
             positions[row] += 1
         if counts is not None:
             counts.add_generated(tokens)
-        with torch.no_grad():
-            logits = model.forward_logits(tokens, cache)
+        logits = step(tokens)
 
 
 def _prefill(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longburn.cache import CacheManager, Step
+from longburn.kernels.native.tape import is_recording
 
 
 @runtime_checkable
@@ -40,7 +41,7 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
     """
     if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.shape[1] == 0:
         raise ValueError(f"tokens: got {tokens.dtype} of shape {tuple(tokens.shape)}, wanted int64 [B, T] with T >= 1")
-    if tokens.device.type == "cpu":
+    if tokens.device.type == "cpu" and not is_recording():
         low, high = (int(x) for x in tokens.aminmax())
         if low < -1 or high >= vocab_size:
             wrong = low if low < -1 else high

@@ -1,4 +1,4 @@
-"""A linear map, read at the memory's speed also when there is one row."""
+"""A linear map, read at the memory's speed also when there is one row or a few."""
 
 from typing import NamedTuple
 
@@ -9,6 +9,8 @@ from torch import Tensor
 from longburn.kernels import native
 from longburn.kernels.registry import Impl, Operation
 
+NATIVE_ROWS = 4  # beyond, the general matrix kernels are as fast
+
 
 class LinearCall(NamedTuple):
     """`x @ weight.T + bias` for x `[..., in]`, weight `[out, in]` and bias `[out]` or None."""
@@ -18,11 +20,11 @@ class LinearCall(NamedTuple):
     bias: Tensor | None
 
 
-def is_one_row(x: Tensor, *tensors: Tensor | None) -> str | None:
-    """Why x is not a single row on the CPU whose gradient (and that of the tensors) nobody wants."""
-    if x.numel() != x.shape[-1]:
-        return f"computes one row, got {x.numel() // x.shape[-1]}"
-    if x.device.type != "cpu":
+def few_rows(limit: int, x: Tensor, *tensors: Tensor | None) -> str | None:
+    """Why x is not up to so many rows on the CPU whose gradients (and those of the tensors) nobody wants."""
+    if x.numel() > limit * x.shape[-1]:
+        return f"computes {limit} rows at most, got {x.numel() // x.shape[-1]}"
+    if not x.is_cpu:
         return f"runs on the CPU, got {x.device.type}"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         return "has no gradients"
@@ -37,21 +39,25 @@ def _matvec(call: LinearCall) -> Tensor:
 
 
 def _native(call: LinearCall) -> Tensor:
-    out, size = call.weight.shape
-    y = torch.empty(*call.x.shape[:-1], out, dtype=call.x.dtype)
-    native.linear(call.weight, call.x.contiguous(), call.bias, y, out, size)
+    x, weight = call.x.contiguous(), call.weight
+    out, size = weight.shape
+    y = torch.empty(*x.shape[:-1], out, dtype=x.dtype)
+    words = (native.address(weight), native.address(x), native.address(call.bias), native.address(y))
+    native.launch("linear", *words, x.numel() // size, out, size, native.TYPES[x.dtype])
     return y
 
 
 def _native_why_not(call: LinearCall) -> str | None:
-    return is_one_row(*call) or native.why_not(*call) or (None if call.weight.is_contiguous() else "weight has gaps")
+    if not call.weight.is_contiguous():
+        return "weight has gaps"
+    return few_rows(NATIVE_ROWS, *call) or native.why_not(*call)
 
 
 OPERATION: Operation[LinearCall, Tensor] = Operation(
     "linear",
     (
         Impl("native", _native, _native_why_not),
-        Impl("matvec", _matvec, lambda call: is_one_row(*call)),
+        Impl("matvec", _matvec, lambda call: few_rows(1, *call)),
         Impl("reference", lambda call: F.linear(*call), lambda call: None),
     ),
 )

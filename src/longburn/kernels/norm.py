@@ -8,8 +8,6 @@ from torch import Tensor
 from longburn.kernels import native
 from longburn.kernels.registry import Impl, Operation
 
-NATIVE_ROWS = 16  # a decode step's; more rows are PyTorch's, which spreads them over the threads
-
 
 class NormCall(NamedTuple):
     """x `[..., n]`, weight `[n]`; `round_last` as in `rms_norm`."""
@@ -29,19 +27,16 @@ def _reference(call: NormCall) -> Tensor:
 
 
 def _native(call: NormCall) -> Tensor:
-    y = torch.empty_like(call.x)
-    native.rms_norm(call.x, call.weight, y, call.eps)
+    x, y, n = call.x, torch.empty_like(call.x), call.x.shape[-1]
+    words = (native.address(x), native.address(call.weight), native.address(y), x.numel() // n, n, float(call.eps))
+    native.launch("rms_norm", *words, int(call.round_last), native.TYPES[x.dtype])
     return y
 
 
 def _native_why_not(call: NormCall) -> str | None:
     x, weight = call.x, call.weight
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"runs on the CPU, got {x.device.type}"
-    if call.round_last and x.dtype != torch.float32:
-        return "rounds before it multiplies by the weight"
-    if x.numel() > NATIVE_ROWS * x.shape[-1]:
-        return f"computes up to {NATIVE_ROWS} rows, got {x.numel() // x.shape[-1]}"
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return "has no gradients"
     if not (x.is_contiguous() and weight.is_contiguous()):

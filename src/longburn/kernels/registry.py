@@ -62,6 +62,11 @@ class Operation(Generic[Call, Result]):
         raise ImplError(f"{self.name}: {what} {'cannot' if named else 'can'} compute this call ({'; '.join(reasons)})")
 
 
+def chosen() -> str:
+    """The name that `use_impl` has put in force, or `"auto"`."""
+    return _chosen
+
+
 @contextmanager
 def use_impl(name: str) -> Iterator[None]:
     """Within this block every operation that has an implementation called `name` uses it; `"auto"` chooses freely.

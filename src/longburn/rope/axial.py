@@ -6,14 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longburn.kernels.rotate import rotate
 from longburn.rope.pairs import (
     Angles,
     DeviceConstant,
-    angles_of,
     check_geometry,
     check_operands,
     check_positions,
-    rotate_pairs,
     signed_frequencies,
 )
 from longburn.rope.scaling import unscaled
@@ -94,9 +93,10 @@ class Rope3dEncoding:
             check_positions("Rope3dEncoding.angles (time)", time)
             place = place._replace(time=time.expand_as(positions))
         phase = torch.stack(place, -1).double() @ self._signed.on(positions.device)
-        return angles_of(phase[:, None], 1.0, dtype)
+        phase = phase[:, None]
+        return Angles(phase.cos().to(dtype), phase.sin().to(dtype))
 
     def rotate(self, x: Tensor, angles: Angles) -> Tensor:
         """Rotate x [B, H, T, D] by `angles` of its T tokens; float32 at least inside, x's dtype outside."""
         check_operands("Rope3dEncoding.rotate", x, angles, self.head_dim)
-        return rotate_pairs(x, angles, interleaved=self.interleaved)
+        return rotate(x, angles.cos, angles.sin, interleaved=self.interleaved)

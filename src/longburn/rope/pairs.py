@@ -1,4 +1,4 @@
-"""The mechanics that every rotary encoding shares: channel pairs, angles, the rotation itself.
+"""What every rotary encoding shares: channel pairs, angles, checks. The rotation itself is `longburn.kernels.rotate`.
 
 Shapes: B batch, H heads, T tokens, D channels per head, R <= D channels that rotate.
 """
@@ -51,26 +51,6 @@ def signed_frequencies(inv_freq: Tensor, *, interleaved: bool) -> Tensor:
     if interleaved:
         return torch.stack((-inv_freq, inv_freq), -1).flatten(-2)
     return torch.cat((-inv_freq, inv_freq), -1)
-
-
-def angles_of(phase: Tensor, attention_factor: float, dtype: torch.dtype) -> Angles:
-    """Angles of signed phases in radians, float64 [B or 1, 1, T, R], rounded once, to `dtype`."""
-    cos, sin = phase.cos(), phase.sin()
-    if attention_factor != 1.0:
-        cos, sin = cos * attention_factor, sin * attention_factor
-    return Angles(cos.to(dtype), sin.to(dtype))
-
-
-def rotate_pairs(x: Tensor, angles: Angles, *, interleaved: bool) -> Tensor:
-    """Rotate the first R channels of x [B, H, T, D], in the wider dtype of x and the angles; return x's dtype."""
-    cos, sin = angles
-    rotary_dim = cos.shape[-1]
-    if rotary_dim < x.shape[-1]:
-        rotated = rotate_pairs(x[..., :rotary_dim], angles, interleaved=interleaved)
-        return torch.cat((rotated, x[..., rotary_dim:]), -1)
-    partner = x.reshape(*x.shape[:-1], -1, 2).roll(1, -1).flatten(-2) if interleaved else x.roll(rotary_dim // 2, -1)
-    # Where x is narrower than the angles, both products are formed in the angles' dtype.
-    return torch.addcmul(x * cos, partner, sin).to(x.dtype)
 
 
 def check_geometry(owner: str, head_dim: int, rotary_dim: int, theta: float, interleaved: bool) -> None:

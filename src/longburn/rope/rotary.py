@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longburn.kernels.rotate import angles, rotate
 from longburn.rope.config import read_config
 from longburn.rope.pairs import (
     Angles,
     DeviceConstant,
-    angles_of,
     check_geometry,
     check_operands,
     check_positions,
-    rotate_pairs,
     signed_frequencies,
 )
 from longburn.rope.scaling import Frequencies, RopeScaling, YarnScaling, unscaled
@@ -119,8 +118,7 @@ class RotaryEncoding:
         The first eager call on a device leaves the frequencies there; call once before capturing a CUDA graph.
         """
         check_positions("RotaryEncoding.angles", positions)
-        phase = positions[:, None, :, None] * self._signed.on(positions.device)
-        return angles_of(phase, self.attention_factor, dtype)
+        return Angles(*angles(positions, self._signed.on(positions.device), self.attention_factor, dtype))
 
     def rotate(self, x: Tensor, angles: Angles) -> Tensor:
         """Rotate x [B, H, T, D] by `angles` of its T positions; channels beyond R pass through unchanged.
@@ -129,7 +127,7 @@ class RotaryEncoding:
         call, as heads of one tensor. Raises ValueError when D or T do not fit.
         """
         check_operands("RotaryEncoding.rotate", x, angles, self.head_dim)
-        return rotate_pairs(x, angles, interleaved=self.interleaved)
+        return rotate(x, angles.cos, angles.sin, interleaved=self.interleaved)
 
 
 def ntk_yarn(

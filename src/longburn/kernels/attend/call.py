@@ -61,6 +61,7 @@ class AttendCall:
     sinks: Tensor | None = None  # [H] logits
     q_sink: Tensor | None = None  # [B, H, T, D] second query, used for keys at positions below sink_tokens
     known: tuple[Known, ...] | None = None  # one for all rows, or one a row
+    ascending: bool = False  # no slot holds a position below its own index, so those beyond the newest query are unseen
     wants_lse: bool = False
 
     @property

@@ -1,10 +1,13 @@
 """Plain C for decode steps on the CPU, compiled once by the machine's own compiler and kept in the user's cache.
 
 Nothing depends on it: without a compiler, or with `LONGBURN_NATIVE=0`, `why_not` says so and PyTorch's own kernels do
-the work. The functions below take tensors, check nothing and return nothing: who calls them has asked `why_not`.
+the work. Every function of the library takes one structure of 64-bit words: `launch` makes it from addresses, integers
+and floats, in the order of the structure in the C file. Nothing is checked there: who launches has asked `why_not`.
 """
 
 import ctypes
+import struct
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -14,80 +17,64 @@ from longburn.kernels.native.build import library
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
+Launch = tuple["ctypes._NamedFuncPointer", "ctypes.Array[ctypes.c_int64]"]
+_listener: Callable[[Launch], None] | None = None  # hears of every launch while a tape is recorded
+
 
 def why_not(*tensors: Tensor | None) -> str | None:
     """Why the compiled kernels cannot take these tensors."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in TYPES:
+            return f"takes fp32 or bf16, got {tensor.dtype}"
+    first = next((t.dtype for t in tensors if t is not None), None)
+    if any(tensor is not None and tensor.dtype != first for tensor in tensors):
+        return f"takes one type for all, got {', '.join(sorted({str(t.dtype) for t in tensors if t is not None}))}"
+    return unavailable()
+
+
+def unavailable() -> str | None:
+    """Why there are no compiled kernels at all, on this machine or at this moment."""
     if torch.compiler.is_compiling():
         return "cannot be traced"
-    kinds = {t.dtype for t in tensors if t is not None}
-    if len(kinds) != 1 or not kinds <= TYPES.keys():
-        return f"takes fp32 or bf16, one type for all, got {', '.join(sorted(map(str, kinds)))}"
     built = library()
     return built if isinstance(built, str) else None
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def launch(name: str, *words: "int | float") -> None:
+    """Call `longburn_<name>`; a float becomes a double."""
+    arguments = (ctypes.c_int64 * len(words))(*[_bits(word) if isinstance(word, float) else word for word in words])
+    function = _function(name)
+    if _listener is not None:
+        _listener((function, arguments))
+    function(arguments)
+
+
+def listen(listener: "Callable[[Launch], None] | None") -> None:
+    """Hand every further launch to the listener as well (None: to nobody)."""
+    global _listener
+    _listener = listener
+
+
+def address(tensor: Tensor | None) -> int:
+    """Of the first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def row_stride(tensor: Tensor) -> int:
+    """Of the first dimension; 0 if all rows share the one that is there."""
+    return 0 if tensor.shape[0] == 1 else tensor.stride(0)
+
+
+@cache
+def _bits(value: float) -> int:
+    """The bits of a double as an integer."""
+    return int(struct.unpack("q", struct.pack("d", value))[0])
 
 
 @cache
 def _function(name: str) -> "ctypes._NamedFuncPointer":
     built = library()
     assert not isinstance(built, str)
-    return getattr(built, name)  # type: ignore[no-any-return]
-
-
-def linear(weight: Tensor, x: Tensor, bias: Tensor | None, y: Tensor, out: int, size: int) -> None:
-    """y `[out]` = weight `[out, size]` x + bias."""
-    _function("longburn_linear")(
-        weight.data_ptr(), x.data_ptr(), _pointer(bias), y.data_ptr(), out, size, TYPES[x.dtype]
-    )
-
-
-def swiglu(
-    gate_up: Tensor, gate_up_bias: Tensor | None, down: Tensor, bias: Tensor | None, x: Tensor, y: Tensor
-) -> None:
-    """y `[out]` = down `[out, hidden]` (silu(gate) * up) + bias, gate and up the halves of gate_up x + its bias."""
-    out, hidden = down.shape
-    _function("longburn_swiglu")(
-        gate_up.data_ptr(),
-        _pointer(gate_up_bias),
-        down.data_ptr(),
-        _pointer(bias),
-        x.data_ptr(),
-        y.data_ptr(),
-        out,
-        hidden,
-        x.shape[-1],
-        TYPES[x.dtype],
-    )
-
-
-def rms_norm(x: Tensor, weight: Tensor, y: Tensor, eps: float) -> None:
-    """y = normalised x, by rows of the last dimension."""
-    n = x.shape[-1]
-    _function("longburn_rms_norm")(
-        x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // n, n, eps, TYPES[x.dtype]
-    )
-
-
-class AttendArgs(ctypes.Structure):
-    """`attend_args` of rows.c."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("q", "q_sink", "k", "v", "sinks", "slopes", "q_pos", "k_pos", "out", "lse")
-        ),
-        *((name, ctypes.c_int64) for name in ("B", "H", "K", "T", "S", "D")),
-        *((name, ctypes.c_int64) for name in ("k_row", "k_head", "k_slot", "v_row", "v_head", "v_slot")),
-        *((name, ctypes.c_int64) for name in ("q_pos_row", "k_pos_row", "window", "sink_tokens")),
-        ("scale", ctypes.c_float),
-        ("type", ctypes.c_int),
-        ("splits", ctypes.c_int64),
-    )
-
-
-def attend(args: AttendArgs) -> None:
-    """Attention of a few queries; see rows.c."""
-    _function("longburn_attend")(ctypes.byref(args))
+    function = getattr(built, f"longburn_{name}")
+    function.argtypes, function.restype = [ctypes.c_void_p], None
+    return function  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Compiling `rows.c` for this machine, and loading it beside PyTorch."""
+"""Compiling the C files beside this one for this machine, and loading them beside PyTorch."""
 
 import ctypes
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 import platformdirs
 import torch
 
-SOURCE = Path(__file__).with_name("rows.c")
+SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 FLAGS = (
     "-O3",
     "-march=native",
@@ -27,7 +27,7 @@ FLAGS = (
 
 @cache
 def library() -> "ctypes.CDLL | str":
-    """The compiled library, or why there is none. The first call on a machine compiles for about a second."""
+    """The compiled library, or why there is none. The first call on a machine compiles for a few seconds."""
     if os.environ.get("LONGBURN_NATIVE") == "0":
         return "LONGBURN_NATIVE=0 turns it off"
     if sys.platform != "linux":
@@ -39,40 +39,35 @@ def library() -> "ctypes.CDLL | str":
     if runtime is None:
         return "finds no OpenMP runtime in this PyTorch, whose threads it must share"
     try:
-        built = ctypes.CDLL(str(_built(compiler, runtime)))
+        return ctypes.CDLL(str(_built(compiler, runtime)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         return f"could not be compiled by {compiler}: {' '.join(detail.split())[:300]}"
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    built.longburn_linear.argtypes = [pointer, pointer, pointer, pointer, integer, integer, ctypes.c_int]
-    built.longburn_swiglu.argtypes = [*[pointer] * 6, *[integer] * 3, ctypes.c_int]
-    built.longburn_rms_norm.argtypes = [pointer, pointer, pointer, integer, integer, ctypes.c_float, ctypes.c_int]
-    built.longburn_attend.argtypes = [pointer]
-    for function in (built.longburn_linear, built.longburn_swiglu, built.longburn_rms_norm, built.longburn_attend):
-        function.restype = None
-    return built
 
 
 def _built(compiler: str, runtime: Path) -> Path:
     """The shared library for this source, compiler, processor and PyTorch; compiled if it is not there yet."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    identity = "\n".join([SOURCE.read_text(), version, str(FLAGS), _processor(), str(runtime)])
+    identity = "\n".join([*(source.read_text() for source in SOURCES), version, str(FLAGS), _processor(), str(runtime)])
     directory = Path(os.environ.get("LONGBURN_CACHE") or platformdirs.user_cache_dir("longburn")) / "native"
-    target = directory / f"rows-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    target = directory / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if target.exists():
         return target
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        compiled, linked = Path(scratch, "rows.o"), Path(scratch, "rows.so")
-        for command in (
-            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
-            # Linked with the very runtime that PyTorch has loaded: two pools of threads would wait for each other's
-            # cores.
-            [compiler, "-shared", "-Wl,--no-undefined", str(compiled), str(runtime), "-lm", "-o", str(linked)],
-        ):
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        linked = Path(scratch, "kernels.so")
+        objects = []
+        for source in (source for source in SOURCES if source.suffix == ".c"):
+            objects.append(str(Path(scratch, source.stem + ".o")))
+            _compile(compiler, *FLAGS, "-c", str(source), "-o", objects[-1])
+        # Linked with the very runtime that PyTorch has loaded: two pools of threads would wait for each other's cores.
+        _compile(compiler, "-shared", "-Wl,--no-undefined", *objects, str(runtime), "-lm", "-o", str(linked))
         os.replace(linked, target)  # whole or not at all, also when two processes compile at once
     return target
+
+
+def _compile(*command: str) -> None:
+    subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
 
 
 def _openmp_runtime() -> Path | None:

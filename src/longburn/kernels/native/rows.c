@@ -8,122 +8,47 @@
  * Types: 0 is fp32, 1 is bf16.
  */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "common.h"
 
-#define LANES 16
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float vec_u __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
-typedef uint16_t half_u __attribute__((vector_size(2 * LANES), aligned(2)));
+#define ROWS 64 /* output rows a thread computes at a time: their weights stay in its second cache for every row of x */
 
-static inline float widen(uint16_t x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
-
-static inline uint16_t narrow(float x) { /* round to nearest, ties to even; NaN stays NaN */
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40);
-    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
-
-static inline vec load32(const float *p) { return *(const vec_u *)p; }
-
-static inline vec load16(const uint16_t *p) {
-    return (vec)(__builtin_convertvector(*(const half_u *)p, uvec) << 16);
-}
-
-typedef float vec8 __attribute__((vector_size(32)));
-typedef float vec4 __attribute__((vector_size(16)));
-
-static inline float total(vec v) { /* by halves: strict C would add the lanes one after the other */
-    vec8 a, b;
-    memcpy(&a, &v, 32), memcpy(&b, (const char *)&v + 32, 32);
-    a += b;
-    vec4 c, d;
-    memcpy(&c, &a, 16), memcpy(&d, (const char *)&a + 16, 16);
-    c += d;
-    return (c[0] + c[2]) + (c[1] + c[3]);
-}
-
-static inline float get(const void *p, int64_t i, int type) {
-    return type ? widen(((const uint16_t *)p)[i]) : ((const float *)p)[i];
-}
-
-static inline void put(void *p, int64_t i, int type, float x) {
-    if (type) ((uint16_t *)p)[i] = narrow(x);
-    else ((float *)p)[i] = x;
-}
-
-/* The hardware's own prefetching reads one stream per core at half of the memory's speed; asking this far ahead (bytes)
- * reads at all of it. A prefetch beyond the end of an array is ignored. */
-#define AHEAD 4096
-#define LINE 64
-
-static inline void prefetch(const void *p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch((const char *)p + i, 0, 3);
-}
-
-/* y[o] = sum_i w[o, i] x[i], four partial sums at a time. */
-#define LINEAR_ROWS(NAME, T, LOAD, WIDEN)                                                        \
-    static void NAME(const T *w, const float *x, float *y, int64_t rows, int64_t in) {           \
-        for (int64_t o = 0; o < rows; o++, w += in) {                                            \
-            vec a = {0}, b = {0}, c = {0}, d = {0};                                              \
-            int64_t i = 0;                                                                       \
-            for (; i + 4 * LANES <= in; i += 4 * LANES) {                                        \
-                prefetch((const char *)(w + i) + AHEAD, 4 * LANES * sizeof(T));                  \
-                a += LOAD(w + i) * load32(x + i);                                                \
-                b += LOAD(w + i + LANES) * load32(x + i + LANES);                                \
-                c += LOAD(w + i + 2 * LANES) * load32(x + i + 2 * LANES);                        \
-                d += LOAD(w + i + 3 * LANES) * load32(x + i + 3 * LANES);                        \
-            }                                                                                    \
-            for (; i + LANES <= in; i += LANES) a += LOAD(w + i) * load32(x + i);                \
-            float sum = total((a + b) + (c + d));                                                \
-            for (; i < in; i++) sum += WIDEN(w[i]) * x[i];                                       \
-            y[o] = sum;                                                                          \
-        }                                                                                        \
-    }
-#define SAME(x) (x)
-LINEAR_ROWS(linear_f32, float, load32, SAME)
-LINEAR_ROWS(linear_b16, uint16_t, load16, widen)
-
-#define ROWS 64 /* output rows a thread computes at a time */
-
-static void linear(const void *w, const float *x, const void *bias, void *y, int64_t out, int64_t in, int type) {
+static void linear(
+    const void *w, const float *x, const void *bias, void *y, int64_t n, int64_t out, int64_t in, int64_t type) {
 #pragma omp parallel for schedule(static) if (out * in > 65536)
     for (int64_t block = 0; block < (out + ROWS - 1) / ROWS; block++) {
         int64_t start = block * ROWS, rows = out - start < ROWS ? out - start : ROWS;
         float sums[ROWS];
-        if (type) linear_b16((const uint16_t *)w + start * in, x, sums, rows, in);
-        else linear_f32((const float *)w + start * in, x, sums, rows, in);
-        for (int64_t o = 0; o < rows; o++)
-            put(y, start + o, type, sums[o] + (bias ? get(bias, start + o, type) : 0.0f));
+        for (int64_t i = 0; i < n; i++) {
+            if (type) linear_b16((const uint16_t *)w + start * in, x + i * in, sums, rows, in);
+            else linear_f32((const float *)w + start * in, x + i * in, sums, rows, in);
+            for (int64_t o = 0; o < rows; o++)
+                put(y, i * out + start + o, type, sums[o] + (bias ? get(bias, start + o, type) : 0.0f));
+        }
     }
 }
 
-static const float *widened(const void *x, float *buffer, int64_t n, int type) {
+static const float *widened(const void *x, float *buffer, int64_t n, int64_t type) {
     if (!type) return x;
     for (int64_t i = 0; i < n; i++) buffer[i] = widen(((const uint16_t *)x)[i]);
     return buffer;
 }
 
-void longburn_linear(const void *w, const void *x, const void *bias, void *y, int64_t out, int64_t in, int type) {
-    float *buffer = malloc(4 * (size_t)in);
-    linear(w, widened(x, buffer, in, type), bias, y, out, in, type);
+typedef struct {
+    const void *w, *x, *bias; /* [out,in], [n,in], [out] or null */
+    void *y;                  /* [n,out] */
+    int64_t n, out, in, type;
+} linear_args;
+
+void longburn_linear(const linear_args *a) {
+    float *buffer = malloc(4 * (size_t)(a->n * a->in));
+    linear(a->w, widened(a->x, buffer, a->n * a->in, a->type), a->bias, a->y, a->n, a->out, a->in, a->type);
     free(buffer);
 }
 
 static vec exp_neg(vec x);
 
 /* silu(gate) * up, rounded to the type where a separate operation would round: after silu, and after the product. */
-static void gated(const void *gate, const void *up, float *y, int64_t n, int type) {
+static void gated(const void *gate, const void *up, float *y, int64_t n, int64_t type) {
     for (int64_t i = 0; i < n; i += LANES) {
         float g[LANES] __attribute__((aligned(64))), u[LANES];
         int64_t width = n - i < LANES ? n - i : LANES;
@@ -138,30 +63,48 @@ static void gated(const void *gate, const void *up, float *y, int64_t n, int typ
     }
 }
 
-void longburn_swiglu(
-    const void *gate_up, const void *gate_up_bias, const void *down, const void *bias, const void *x, void *y,
-    int64_t out, int64_t hidden, int64_t in, int type) {
-    float *buffer = malloc(4 * (size_t)(in + 3 * hidden));
-    void *both = buffer + in;
-    float *act = buffer + in + 2 * hidden;
-    linear(gate_up, widened(x, buffer, in, type), gate_up_bias, both, 2 * hidden, in, type);
-    gated(both, (char *)both + (type ? 2 : 4) * hidden, act, hidden, type);
-    linear(down, act, bias, y, out, hidden, type);
+typedef struct {
+    const void *gate_up, *gate_up_bias, *down, *bias, *x; /* [2 hidden,in], [2 hidden], [out,hidden], [out], [n,in] */
+    void *y;                                              /* [n,out] */
+    int64_t n, out, hidden, in, type;
+} swiglu_args;
+
+void longburn_swiglu(const swiglu_args *a) {
+    const int64_t n = a->n, hidden = a->hidden, bytes = a->type ? 2 : 4;
+    float *buffer = malloc(4 * (size_t)(n * (a->in + 3 * hidden)));
+    char *both = (char *)(buffer + n * a->in);
+    float *act = buffer + n * (a->in + 2 * hidden);
+    linear(a->gate_up, widened(a->x, buffer, n * a->in, a->type), a->gate_up_bias, both, n, 2 * hidden, a->in, a->type);
+    for (int64_t i = 0; i < n; i++) {
+        const char *gate = both + 2 * i * hidden * bytes;
+        gated(gate, gate + hidden * bytes, act + i * hidden, hidden, a->type);
+    }
+    linear(a->down, act, a->bias, a->y, n, a->out, hidden, a->type);
     free(buffer);
 }
 
-/* y = x / sqrt(mean(x^2) + eps) * w, by rows; the product with w is formed after rounding x to its type, as in training. */
-void longburn_rms_norm(const void *x, const void *w, void *y, int64_t rows, int64_t n, float eps, int type) {
-    for (int64_t r = 0; r < rows; r++) {
+typedef struct {
+    const void *x, *w; /* [rows,n], [n] */
+    void *y;
+    int64_t rows, n;
+    double eps;
+    int64_t round_last, type;
+} rms_norm_args;
+
+/* y = x / sqrt(mean(x^2) + eps) * w, by rows; unless round_last, x is rounded to its type before the product with w. */
+void longburn_rms_norm(const rms_norm_args *a) {
+    const int64_t n = a->n, type = a->type;
+#pragma omp parallel for schedule(static) if (a->rows * n > 65536)
+    for (int64_t r = 0; r < a->rows; r++) {
         float squares = 0;
         for (int64_t i = 0; i < n; i++) {
-            float v = get(x, r * n + i, type);
+            float v = get(a->x, r * n + i, type);
             squares += v * v;
         }
-        float scale = 1.0f / sqrtf(squares / (float)n + eps);
+        float scale = 1.0f / sqrtf(squares / (float)n + (float)a->eps);
         for (int64_t i = 0; i < n; i++) {
-            float v = get(x, r * n + i, type) * scale;
-            put(y, r * n + i, type, (type ? widen(narrow(v)) : v) * get(w, i, type));
+            float v = get(a->x, r * n + i, type) * scale;
+            put(a->y, r * n + i, type, (type && !a->round_last ? widen(narrow(v)) : v) * get(a->w, i, type));
         }
     }
 }
@@ -188,17 +131,18 @@ static vec exp_neg(vec x) {
 #define QUERIES 16  /* at most: queries of one kv head in one call */
 
 typedef struct {
-    const void *q, *q_sink, *k, *v, *sinks, *slopes; /* q [B,H,T,D] contiguous; sinks, slopes fp32 [H] or null */
+    const void *q, *q_sink, *k, *v, *sinks, *slopes; /* q [B,H,T,D]; sinks, slopes fp32 [H] or null */
     const int64_t *q_pos, *k_pos;                    /* [B|1,T], [B|1,S] */
-    void *out;                                       /* [B,H,T,D] */
-    float *lse;                                      /* [B,H,T] */
+    void *out;                                       /* [B,H,T,D] contiguous */
+    float *lse;                                      /* [B,H,T] contiguous */
     int64_t B, H, K, T, S, D;
-    int64_t k_row, k_head, k_slot, v_row, v_head, v_slot; /* strides in elements */
-    int64_t q_pos_row, k_pos_row;                         /* strides; 0 if shared by all rows */
-    int64_t window, sink_tokens;                          /* window < 0: all keys */
-    float scale;
-    int type;
-    int64_t splits; /* parts of the length; set by the shape alone, so that results do not depend on the threads */
+    int64_t q_row, q_head, q_token; /* strides in elements, the same for q_sink */
+    int64_t k_row, k_head, k_slot, v_row, v_head, v_slot;
+    int64_t q_pos_row, k_pos_row; /* strides; 0 if shared by all rows */
+    int64_t window, sink_tokens;  /* window < 0: all keys */
+    double scale;
+    int64_t ascending; /* no slot holds a position below its own number: those beyond the newest query need no look */
+    int64_t type;
 } attend_args;
 
 /* Rows of keys or values in fp32: where they stand, or widened into a buffer. */
@@ -214,8 +158,6 @@ static inline tile fp32_tile(const void *rows, int64_t stride, int64_t width, in
             *(vec *)(buffer + s * D + d) = load16((const uint16_t *)rows + s * stride + d);
     return (tile){buffer, D};
 }
-
-#define INLINE static inline __attribute__((always_inline))
 
 INLINE float dot(const float *a, const float *b, int64_t D) {
     vec sum = {0};
@@ -268,10 +210,10 @@ INLINE void attend_part(
     const char *v = (const char *)a->v + bytes * (b * a->v_row + kv * a->v_head);
     float q[2][QUERIES][D] __attribute__((aligned(64)));
     for (int64_t i = 0; i < n; i++) {
-        int64_t at = ((b * a->H + kv * G + i / T) * T + i % T) * D;
-        for (int64_t d = 0; d < D; d++) q[0][i][d] = get(a->q, at + d, type) * a->scale;
+        int64_t at = b * a->q_row + (kv * G + i / T) * a->q_head + i % T * a->q_token;
+        for (int64_t d = 0; d < D; d++) q[0][i][d] = get(a->q, at + d, type) * (float)a->scale;
         if (a->q_sink)
-            for (int64_t d = 0; d < D; d++) q[1][i][d] = get(a->q_sink, at + d, type) * a->scale;
+            for (int64_t d = 0; d < D; d++) q[1][i][d] = get(a->q_sink, at + d, type) * (float)a->scale;
         m[i] = -INFINITY, l[i] = 0;
     }
     memset(acc, 0, 4 * (size_t)(n * D));
@@ -328,39 +270,60 @@ ATTEND_PART(attend_b16, a->D, 1)
 
 typedef void (*part)(const attend_args *, int64_t, int64_t, int64_t, int64_t, float *, float *, float *);
 
-static part part_for(int64_t D, int type) {
+static part part_for(int64_t D, int64_t type) {
     if (D == 64) return type ? attend_b16_64 : attend_f32_64;
     if (D == 128) return type ? attend_b16_128 : attend_f32_128;
     return type ? attend_b16 : attend_f32;
 }
 
+#define SPLIT 512 /* at most so many keys in one part of the length */
+
+/* Slots of the row that have to be looked at. It is the row's own number, so that its bits do not depend on others. */
+static int64_t reach(const attend_args *a, int64_t b) {
+    if (!a->ascending) return a->S;
+    int64_t newest = -1;
+    for (int64_t t = 0; t < a->T; t++) {
+        int64_t p = a->q_pos[b * a->q_pos_row + t];
+        newest = p > newest ? p : newest;
+    }
+    return newest + 1 < a->S ? newest + 1 : a->S;
+}
+
 void longburn_attend(const attend_args *a) {
-    const int64_t G = a->H / a->K, n = G * a->T, D = a->D, parts = a->splits, size = n * (D + 2);
-    const int64_t step = (a->S + parts - 1) / parts, heads = a->B * a->K;
+    const int64_t G = a->H / a->K, n = G * a->T, D = a->D, size = n * (D + 2), heads = a->B * a->K;
+    int64_t slots[a->B], most = 1;
+    for (int64_t b = 0; b < a->B; b++) {
+        slots[b] = reach(a, b);
+        most = slots[b] > most ? slots[b] : most;
+    }
+    const int64_t parts = (most + SPLIT - 1) / SPLIT;
     float *scratch = malloc(4 * (size_t)(heads * parts * size));
     const part run = part_for(D, a->type);
-#pragma omp parallel for schedule(static) if (heads * parts > 1 && heads * a->S * D > 8192)
+#pragma omp parallel for schedule(static) if (heads * parts > 1 && heads * most * D > 8192)
     for (int64_t task = 0; task < heads * parts; task++) {
-        int64_t head = task / parts, part = task % parts, s0 = part * step, s1 = s0 + step < a->S ? s0 + step : a->S;
+        int64_t head = task / parts, part = task % parts, S = slots[head / a->K], own = (S + SPLIT - 1) / SPLIT;
+        if (part >= own) continue;
+        int64_t step = (S + own - 1) / own, s0 = part * step, s1 = s0 + step < S ? s0 + step : S;
         float *m = scratch + task * size;
         run(a, head / a->K, head % a->K, s0, s1, m, m + n, m + 2 * n);
     }
     for (int64_t head = 0; head < heads; head++) {
+        const int64_t own = (slots[head / a->K] + SPLIT - 1) / SPLIT;
         for (int64_t i = 0; i < n; i++) {
             int64_t h = head % a->K * G + i / a->T, row = ((head / a->K) * a->H + h) * a->T + i % a->T;
             const float *first = scratch + head * parts * size;
             float top = a->sinks ? ((const float *)a->sinks)[h] : -INFINITY;
-            for (int64_t p = 0; p < parts; p++) top = first[p * size + i] > top ? first[p * size + i] : top;
+            for (int64_t p = 0; p < own; p++) top = first[p * size + i] > top ? first[p * size + i] : top;
             float sum = a->sinks && top > -INFINITY ? expf(((const float *)a->sinks)[h] - top) : 0.0f;
             float weight[parts];
-            for (int64_t p = 0; p < parts; p++) {
+            for (int64_t p = 0; p < own; p++) {
                 float part = first[p * size + i];
                 weight[p] = part == -INFINITY ? 0.0f : expf(part - top);
                 sum += weight[p] * first[p * size + n + i];
             }
             for (int64_t d = 0; d < D; d++) {
                 float x = 0;
-                for (int64_t p = 0; p < parts; p++) x += weight[p] * first[p * size + 2 * n + i * D + d];
+                for (int64_t p = 0; p < own; p++) x += weight[p] * first[p * size + 2 * n + i * D + d];
                 put(a->out, row * D + d, a->type, sum > 0 ? x / sum : 0.0f);
             }
             a->lse[row] = sum > 0 ? top + logf(sum) : -INFINITY;

@@ -1,0 +1,119 @@
+"""Rotary angles of positions, and the rotation of channel pairs by them (Su et al., arXiv 2104.09864)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longburn.kernels import native
+from longburn.kernels.registry import Impl, Operation
+
+FEW_POSITIONS = 16  # beyond, PyTorch's vectorised cosine is faster than the C library's
+
+
+class AnglesCall(NamedTuple):
+    """Positions `[B|1, T]` int64; frequencies `[R]` fp64, radians a token, with the sign of the channel's partner."""
+
+    positions: Tensor
+    frequencies: Tensor
+    factor: float
+    dtype: torch.dtype
+
+
+class RotateCall(NamedTuple):
+    """x `[B, H, T, D]`, cos and sin `[B|1, 1, T, R]`; the first R channels rotate, in half-split or interleaved
+    pairs.
+    """
+
+    x: Tensor
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+
+
+def _angles_reference(call: AnglesCall) -> tuple[Tensor, Tensor]:
+    phase = call.positions[:, None, :, None] * call.frequencies
+    cos, sin = phase.cos(), phase.sin()
+    if call.factor != 1.0:
+        cos, sin = cos * call.factor, sin * call.factor
+    return cos.to(call.dtype), sin.to(call.dtype)
+
+
+def _angles_native(call: AnglesCall) -> tuple[Tensor, Tensor]:
+    (rows, T), R = call.positions.shape, call.frequencies.shape[0]
+    cos, sin = torch.empty(2, rows, 1, T, R).unbind()
+    positions = call.positions.contiguous()
+    words = map(native.address, (positions, call.frequencies, cos, sin))
+    native.launch("angles", *words, rows * T, R, float(call.factor))
+    return cos, sin
+
+
+def _angles_native_why_not(call: AnglesCall) -> str | None:
+    if not call.positions.is_cpu:
+        return f"runs on the CPU, got {call.positions.device.type}"
+    if call.positions.numel() > FEW_POSITIONS:
+        return f"computes up to {FEW_POSITIONS} positions, got {call.positions.numel()}"
+    if call.dtype != torch.float32:
+        return f"gives fp32, wanted {call.dtype}"
+    return native.unavailable()
+
+
+ANGLES: Operation[AnglesCall, tuple[Tensor, Tensor]] = Operation(
+    "angles",
+    (
+        Impl("native", _angles_native, _angles_native_why_not),
+        Impl("reference", _angles_reference, lambda call: None),
+    ),
+)
+
+
+def _rotate_reference(call: RotateCall) -> Tensor:
+    """In the wider type of x and the angles."""
+    x, cos, sin, interleaved = call
+    R = cos.shape[-1]
+    if x.shape[-1] > R:
+        return torch.cat((_rotate_reference(RotateCall(x[..., :R], cos, sin, interleaved)), x[..., R:]), -1)
+    partner = x.reshape(*x.shape[:-1], -1, 2).roll(1, -1).flatten(-2) if interleaved else x.roll(R // 2, -1)
+    # Where x is narrower than the angles, both products are formed in the angles' type.
+    return torch.addcmul(x * cos, partner, sin).to(x.dtype)
+
+
+def _rotate_native(call: RotateCall) -> Tensor:
+    x, cos, sin, interleaved = call
+    B, H, T, D = x.shape
+    y = torch.empty(B, H, T, D, dtype=x.dtype)
+    sizes = (B, H, T, D, cos.shape[-1], *x.stride()[:3], native.row_stride(cos))
+    native.launch("rotate", *map(native.address, (x, cos, sin, y)), *sizes, int(interleaved), native.TYPES[x.dtype])
+    return y
+
+
+def _rotate_native_why_not(call: RotateCall) -> str | None:
+    x, cos, sin, _ = call
+    if not x.is_cpu:
+        return f"runs on the CPU, got {x.device.type}"
+    if not (cos.dtype == sin.dtype == torch.float32):
+        return f"takes fp32 angles, got {cos.dtype}"
+    if x.stride(3) != 1 or not (cos.is_contiguous() and sin.is_contiguous()):
+        return "x has gaps within a head, or the angles have any"
+    if torch.is_grad_enabled() and (x.requires_grad or cos.requires_grad):
+        return "has no gradients"
+    return native.why_not(x)
+
+
+ROTATE: Operation[RotateCall, Tensor] = Operation(
+    "rotate",
+    (
+        Impl("native", _rotate_native, _rotate_native_why_not),
+        Impl("reference", _rotate_reference, lambda call: None),
+    ),
+)
+
+
+def angles(positions: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, `[B|1, 1, T, R]` each and times `factor`, of position times frequency; computed in fp64."""
+    return ANGLES(AnglesCall(positions, frequencies, factor, dtype))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """Rotate the first R channels of x `[B, H, T, D]`; returned in x's type."""
+    return ROTATE(RotateCall(x, cos, sin, interleaved))
