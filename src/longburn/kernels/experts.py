@@ -3,6 +3,7 @@
 N tokens, M model size, I hidden size of an expert, E experts, k chosen for each token.
 """
 
+import ctypes
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,8 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longburn.kernels import experts_grouped as grouped
+from longburn.kernels import native
+from longburn.kernels.feedforward import clamped_swiglu
 from longburn.kernels.mxfp4 import Mxfp4, dequantize
 from longburn.kernels.registry import Impl, Operation
+
+FEW = 4  # choices for each expert there is, up to which weights are read packed; beyond, it pays to unpack them first
+MXFP4 = 2  # beside native.TYPES, for weights
 
 
 class ExpertsCall(NamedTuple):
@@ -39,8 +46,8 @@ def _reference(call: ExpertsCall) -> Tensor:
 
 def _by_expert(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For each expert that any token chose: its number, those tokens, and which of their k choices it is."""
-    if chosen.numel() and not 0 <= (low := int(chosen.min())) <= (high := int(chosen.max())) < experts:
-        raise ValueError(f"experts: chosen holds {low} .. {high}, wanted 0 .. {experts - 1}")
+    if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < experts:
+        raise _no_such_expert(chosen, experts)
     order = chosen.flatten().argsort(stable=True)
     counts = torch.bincount(chosen.flatten(), minlength=experts).tolist()
     for expert, places in enumerate(torch.split(order, counts)):
@@ -51,11 +58,8 @@ def _by_expert(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tens
 def _one_expert(call: ExpertsCall, expert: int, x: Tensor) -> Tensor:
     """`[n, M]` to `[n, M]`. The weight of one expert is unpacked at a time, and gone before the next."""
     hidden = F.linear(x, _dense(call.gate_up, expert, x), call.gate_up_bias[expert].to(x.dtype))
-    # In fp32 at least, and rounded once, as a fused kernel would.
-    hidden = hidden.to(torch.promote_types(x.dtype, torch.float32))
-    gate, up = hidden[:, 0::2].clamp(max=call.limit), hidden[:, 1::2].clamp(-call.limit, call.limit)
-    gated = gate * torch.sigmoid(call.alpha * gate) * (up + 1)
-    return F.linear(gated.to(x.dtype), _dense(call.down, expert, x), call.down_bias[expert].to(x.dtype))
+    gated = clamped_swiglu(hidden, alpha=call.alpha, limit=call.limit)
+    return F.linear(gated, _dense(call.down, expert, x), call.down_bias[expert].to(x.dtype))
 
 
 def _dense(weight: Tensor | Mxfp4, expert: int, like: Tensor) -> Tensor:
@@ -64,7 +68,58 @@ def _dense(weight: Tensor | Mxfp4, expert: int, like: Tensor) -> Tensor:
     return weight[expert].to(like.dtype)
 
 
-OPERATION: Operation[ExpertsCall, Tensor] = Operation("experts", (Impl("reference", _reference, lambda call: None),))
+def _native(call: ExpertsCall) -> Tensor:
+    x, chosen, weights = call.x.contiguous(), call.chosen.contiguous(), call.weights.contiguous()
+    y, failed = torch.empty_like(x), torch.empty(1, dtype=torch.int64)
+    (n, m), (count, both) = x.shape, call.gate_up_bias.shape
+    native.launch(
+        "experts",
+        *map(native.address, (x, chosen, weights, y, failed)),
+        *_matrix(call.gate_up, call.gate_up_bias, both, m),
+        *_matrix(call.down, call.down_bias, m, both // 2),
+        *(n, chosen.shape[1], count, native.TYPES[x.dtype], native.TYPES[weights.dtype]),
+        *(float(call.alpha), float(call.limit)),
+    )
+    if ctypes.c_int64.from_address(failed.data_ptr()).value:  # a read that costs no operator
+        raise _no_such_expert(chosen, count)
+    return y
+
+
+def _matrix(weight: Tensor | Mxfp4, bias: Tensor, out: int, size: int) -> tuple[int, ...]:
+    """`matrix` of experts.c."""
+    blocks, scales = weight if isinstance(weight, Mxfp4) else (weight, None)
+    kind = native.TYPES[blocks.dtype] if scales is None else MXFP4
+    return *map(native.address, (blocks, scales, bias)), out, size, kind, native.TYPES[bias.dtype]
+
+
+def _native_why_not(call: ExpertsCall) -> str | None:
+    most = FEW * call.gate_up_bias.shape[0]
+    if call.chosen.numel() > most:
+        return f"computes up to {most} choices of an expert, got {call.chosen.numel()}"
+    weights = (call.gate_up, call.down)
+    dense = [call.gate_up_bias, call.down_bias, *(w for w in weights if not isinstance(w, Mxfp4))]
+    read = [*dense, *(part for w in weights if isinstance(w, Mxfp4) for part in w)]
+    for tensor in (call.x, call.chosen, call.weights, *read):
+        if tensor.device.type != "cpu":
+            return f"runs on the CPU, got {tensor.device.type}"
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return "has no gradients"
+    if not all(tensor.is_contiguous() for tensor in read):
+        return "a weight has gaps"
+    for tensor in (call.x, call.weights, *dense):
+        if tensor.dtype not in native.TYPES:
+            return f"takes fp32 or bf16, got {tensor.dtype}"
+    return native.unavailable()
+
+
+OPERATION: Operation[ExpertsCall, Tensor] = Operation(
+    "experts",
+    (
+        Impl("native", _native, _native_why_not),
+        Impl("grouped", grouped.experts_grouped, grouped.why_not),
+        Impl("reference", _reference, lambda call: None),
+    ),
+)
 
 
 def experts(
@@ -102,7 +157,13 @@ def experts(
     return OPERATION(call)
 
 
+def _no_such_expert(chosen: Tensor, experts: int) -> ValueError:
+    return ValueError(f"experts: chosen holds {chosen.min()} .. {chosen.max()}, wanted 0 .. {experts - 1}")
+
+
 def _check(call: ExpertsCall) -> None:
+    if call.chosen.dtype != torch.int64:
+        raise ValueError(f"experts: chosen is {call.chosen.dtype}, wanted torch.int64")
     n, m = call.x.shape
     e, both = call.gate_up_bias.shape
     wanted = {

@@ -7,7 +7,11 @@ of a row are 16 bytes, value 2b in the low half of byte b and value 2b + 1 in it
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from longburn.kernels import native
+from longburn.kernels.registry import Impl, Operation
 
 BLOCK = 32  # values that share a scale
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -26,6 +30,45 @@ class Mxfp4(NamedTuple):
         return torch.Size([*self.scales.shape[:-1], BLOCK * self.scales.shape[-1]])
 
 
+class DequantizeCall(NamedTuple):
+    """The arguments of `dequantize`."""
+
+    weight: Mxfp4
+    dtype: torch.dtype
+
+
+def _reference(call: DequantizeCall) -> Tensor:
+    blocks, scales = call.weight
+    # bf16 holds every value, subnormals included; fp16 does not, and is rounded once at the end.
+    exact = torch.float32 if call.dtype == torch.float16 else call.dtype
+    values = F.embedding(blocks.int(), _pairs(exact, blocks.device)).flatten(-2)  # [..., out, G, 32]
+    values *= _powers(exact, scales.device)[scales.int()].unsqueeze(-1)
+    return values.flatten(-2).to(call.dtype)
+
+
+def _native(call: DequantizeCall) -> Tensor:
+    values = torch.empty(call.weight.logical_shape, dtype=call.dtype)
+    addresses = map(native.address, (*call.weight, values))
+    native.launch("dequantize", *addresses, call.weight.scales.numel(), native.TYPES[call.dtype])
+    return values
+
+
+def _native_why_not(call: DequantizeCall) -> str | None:
+    for tensor in call.weight:
+        if tensor.device.type != "cpu":
+            return f"runs on the CPU, got {tensor.device.type}"
+        if not tensor.is_contiguous():
+            return "the weight has gaps"
+    if call.dtype not in native.TYPES:
+        return f"gives fp32 or bf16, wanted {call.dtype}"
+    return native.unavailable()
+
+
+DEQUANTIZE: Operation[DequantizeCall, Tensor] = Operation(
+    "dequantize", (Impl("native", _native, _native_why_not), Impl("reference", _reference, lambda call: None))
+)
+
+
 def dequantize(weight: Mxfp4, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The values of a weight, `[..., out, 32 * G]`.
 
@@ -36,12 +79,7 @@ def dequantize(weight: Mxfp4, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         ValueError: blocks and scales that do not belong together.
     """
     _check(weight)
-    # bf16 holds every value, but products of small scales pass through its subnormals: fp16 takes the way over fp32.
-    exact = torch.float32 if dtype == torch.float16 else dtype
-    table = _pairs(exact, weight.blocks.device)
-    values = torch.nn.functional.embedding(weight.blocks.int(), table).flatten(-2)  # [..., out, G, 32]
-    values *= _powers(exact, weight.scales.device)[weight.scales.int()].unsqueeze(-1)
-    return values.flatten(-2).to(dtype)
+    return DEQUANTIZE(DequantizeCall(weight, dtype))
 
 
 def quantize(tensor: Tensor, scales: Tensor | None = None) -> Mxfp4:
