@@ -1,0 +1,142 @@
+"""Angles, rotation and append: every implementation that this machine has, against the formula."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from longburn import ImplError, use_impl
+from longburn.kernels import append as append_kernels
+from longburn.kernels import rotate as rotate_kernels
+from longburn.kernels.append import AppendCall, append
+from longburn.kernels.rotate import AnglesCall, RotateCall, angles, rotate
+
+
+def run(operation, impl: str, call):
+    reason = next(candidate for candidate in operation.impls if candidate.name == impl).why_not(call)
+    if reason is not None:
+        assert impl == "native", f"{impl} refuses: {reason}"
+        pytest.skip(f"native: {reason}")
+    with use_impl(impl):
+        return operation(call)
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (1, 16)], ids=str)
+def test_angles(impl: str, shape: tuple[int, int]) -> None:
+    g = torch.Generator().manual_seed(1)
+    positions = torch.randint(0, 20_000_000, shape, generator=g)
+    positions[0, 0] = -1
+    frequencies = torch.rand(14, generator=g, dtype=torch.float64) * 2 - 1
+    cos, sin = run(rotate_kernels.ANGLES, impl, AnglesCall(positions, frequencies, 1.25, torch.float32))
+    phase = positions.double()[:, None, :, None] * frequencies
+    assert cos.shape == sin.shape == (shape[0], 1, shape[1], 14)
+    assert cos.dtype == sin.dtype == torch.float32
+    assert (cos - phase.cos() * 1.25).abs().max() < 1e-7
+    assert (sin - phase.sin() * 1.25).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary", [12, 4])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rotation(impl: str, dtype: torch.dtype, interleaved: bool, rotary: int, rows: int) -> None:
+    """Pairs of channels are complex numbers that are multiplied by exp(i phase); what does not rotate stays."""
+    if impl == "native" and dtype not in (torch.float32, torch.bfloat16):
+        dtype_only = RotateCall(
+            torch.zeros(1, 1, 1, 12, dtype=dtype), torch.ones(1, 1, 1, 12), torch.ones(1, 1, 1, 12), False
+        )
+        with (
+            use_impl("native"),
+            pytest.raises(ImplError, match=r"rotate: .*native: (takes fp32 or bf16|needs|LONGBURN)"),
+        ):
+            rotate_kernels.ROTATE(dtype_only)
+        return
+    g = torch.Generator().manual_seed(2)
+    x = (
+        torch.randn(2, 5, 3, 7, 12, generator=g).to(dtype)[:, :, 1].transpose(1, 2)[:, 2:6]
+    )  # gaps in every dimension but the last
+    phase = torch.rand(rows, 1, 5, rotary // 2, generator=g, dtype=torch.float64) * 6
+    pairs = (0, 1) if interleaved else (0, rotary // 2)
+    first = torch.arange(0, rotary, 2) if interleaved else torch.arange(rotary // 2)
+    second = first + pairs[1]
+    cos, sin = torch.empty(2, rows, 1, 5, rotary, dtype=torch.float64).unbind()
+    cos[..., first], cos[..., second], sin[..., first], sin[..., second] = (
+        phase.cos(),
+        phase.cos(),
+        -phase.sin(),
+        phase.sin(),
+    )
+    wide = torch.promote_types(dtype, torch.float32)
+    got = run(rotate_kernels.ROTATE, impl, RotateCall(x, cos.to(wide), sin.to(wide), interleaved))
+    turned = torch.complex(x[..., first].double(), x[..., second].double()) * torch.polar(torch.ones_like(phase), phase)
+    wanted = x.double().clone()
+    wanted[..., first], wanted[..., second] = turned.real, turned.imag
+    assert got.dtype == dtype
+    assert got.shape == x.shape
+    assert (got.double() - wanted).abs().max() <= 4 * torch.finfo(dtype).eps * wanted.abs().max()
+    assert torch.equal(got[..., rotary:], x[..., rotary:])
+
+
+def test_rotation_has_gradients() -> None:
+    x = torch.randn(1, 2, 3, 8, dtype=torch.float64, requires_grad=True)
+    cos, sin = angles(torch.tensor([[5, 6, 9]]), torch.randn(8, dtype=torch.float64), 1.0, torch.float64)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin, interleaved=True), (x,))
+    ours = torch.randn(1, 2, 3, 8, requires_grad=True)
+    rotate(ours, cos.float(), sin.float(), interleaved=False).sum().backward()
+    assert ours.grad is not None
+
+
+APPENDS = {  # sink tokens, ring, slots, positions (a row for all, or one a row)
+    "no ring": (0, None, 9, [[3, 4, 5]]),
+    "ring": (0, 5, 5, [[13, 14, 15]]),
+    "sinks": (2, 5, 7, [[1, 2, 3, 4]]),
+    "longer than the ring": (2, 5, 7, [list(range(14))]),
+    "far longer": (1, 2, 3, [list(range(40, 60))]),
+    "padding": (2, 5, 7, [[-1, -1, 6, 7]]),
+    "rows": (1, 4, 5, [[-1, 3, 4], [100, 101, -1]]),
+    "a row without tokens": (1, 4, 5, [[-1, -1], [0, 1]]),
+    "rows longer than the ring": (1, 3, 4, [[0, 1, 2, 3, 4, 5, 6], [-1, -1, 50, 51, 52, 53, 54]]),
+}
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", APPENDS)
+def test_append(impl: str, dtype: torch.dtype, case: str) -> None:
+    sinks, ring, slots, rows = APPENDS[case]
+    B, K, T, D = 2, 3, len(rows[0]), 4
+    g = torch.Generator().manual_seed(T)
+    fused = torch.randn(B, T, 3 * K, D, generator=g).to(dtype).transpose(1, 2)
+    k, v = fused[:, K : 2 * K], fused[:, 2 * K :]
+    k_cache, v_cache = (torch.randn(B, K, slots + 1, D, generator=g).to(dtype) for _ in range(2))
+    held = torch.full((len(rows), slots + 1), -1)
+    wanted_k, wanted_v, wanted_held = k_cache.clone(), v_cache.clone(), held.clone()
+    for b in range(B):  # one token after the other, as the words say it
+        for t, p in enumerate(rows[b if len(rows) > 1 else 0]):
+            if p >= 0:
+                slot = p if ring is None or p < sinks else sinks + (p - sinks) % ring
+                wanted_k[b, :, slot], wanted_v[b, :, slot] = k[b, :, t], v[b, :, t]
+                wanted_held[b if len(rows) > 1 else 0, slot] = p
+    run(append_kernels.OPERATION, impl, AppendCall(k, v, torch.tensor(rows), k_cache, v_cache, held, sinks, ring))
+    for got, wanted in ((k_cache, wanted_k), (v_cache, wanted_v)):
+        assert torch.equal(got[:, :, :slots], wanted[:, :, :slots])
+    assert torch.equal(held[:, :slots], wanted_held[:, :slots])
+
+
+def test_append_of_one_clock_to_rows_of_their_own() -> None:
+    """One row of positions for a cache that keeps them by row."""
+    for impl in ("native", "reference"):
+        k = torch.arange(4.0).view(2, 1, 2, 1)
+        k_cache, v_cache, held = torch.zeros(2, 1, 4, 1), torch.zeros(2, 1, 4, 1), torch.full((2, 4), -1)
+        run(append_kernels.OPERATION, impl, AppendCall(k, k, torch.tensor([[1, 2]]), k_cache, v_cache, held, 0, 3))
+        assert held[:, :3].tolist() == [[-1, 1, 2]] * 2
+        assert k_cache[:, 0, :3, 0].tolist() == [[0, 0, 1], [0, 2, 3]]
+
+
+def test_append_chooses_by_itself() -> None:
+    k, cache, held = torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 3, 2), torch.full((1, 3), -1)
+    append(AppendCall(k, k, torch.tensor([[1]]), cache, cache.clone(), held, 0, None))
+    assert held.tolist() == [[-1, 1, -1]]
+    assert isinstance(cache, Tensor)
+    assert cache[0, 0, 1].tolist() == [1, 1]
