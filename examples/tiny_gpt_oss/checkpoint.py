@@ -48,14 +48,15 @@ def save(weights: Mapping[str, Tensor], config: GptOssConfig, folder: Path) -> N
 
 
 def _write(weights: Mapping[str, Tensor], config: GptOssConfig, storage: ExpertStorage, path: Path) -> None:
-    model = GptOss(config, experts=storage, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        model = GptOss(config, experts=storage, dtype=torch.bfloat16)
     state = {}
     for name, weight in weights.items():
         if storage == "mxfp4" and name.endswith(EXPERTS):
             state[f"{name}.blocks"], state[f"{name}.scales"] = quantize(weight)
         else:
             state[name] = weight.bfloat16()
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=True)
     save_checkpoint(model, path, original_rules(config, storage))
 
 
@@ -93,6 +94,8 @@ def export(results: Path, corpus: Path, licence: Path, target: Path) -> int:
         (made / "tokenizer_config.json").write_text(json.dumps(special) + "\n", encoding="utf-8")
         (made / "README.md").write_text(_card(log, provenance), encoding="utf-8")
         GptOss.from_checkpoint(made)
+        for file in made.iterdir():
+            file.chmod(0o644)
         size = sum(file.stat().st_size for file in made.iterdir())
         if size > LIMIT:
             raise ValueError(f"{size:,} bytes are to be shipped, wanted at most {LIMIT:,}; train a smaller model")

@@ -1,0 +1,1 @@
+"""Models that travel with the package: `tiny_gpt_oss`."""
