@@ -19,13 +19,13 @@ import torch
 import typer
 
 from longburn.models.gpt_oss import GptOss, GptOssConfig
-from tiny_gpt_oss.checkpoint import export as export_checkpoint
-from tiny_gpt_oss.checkpoint import save
-from tiny_gpt_oss.corpus import Corpus
-from tiny_gpt_oss.corpus import prepare as prepare_corpus
-from tiny_gpt_oss.texts import HELD_OUT, Source, prose
-from tiny_gpt_oss.training import Master, Recipe, bits_per_byte, tiny_config
-from tiny_gpt_oss.training import train as train_model
+from tiny_training.checkpoint import export as export_checkpoint
+from tiny_training.checkpoint import save
+from tiny_training.corpus import Corpus
+from tiny_training.corpus import prepare as prepare_corpus
+from tiny_training.texts import HELD_OUT, Source, prose
+from tiny_training.training import Master, Recipe, bits_per_byte, tiny_config
+from tiny_training.training import train as train_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "build" / "tiny_gpt_oss"

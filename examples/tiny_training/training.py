@@ -20,7 +20,7 @@ from longburn.kernels.mxfp4 import dequantize, quantize
 from longburn.models.gpt_oss import GptOss, GptOssConfig
 from longburn.nn import MoE
 from longburn.rope import ntk_yarn
-from tiny_gpt_oss.corpus import Corpus, Part
+from tiny_training.corpus import Corpus, Part
 
 EXPERTS = ("experts.gate_up", "experts.down")  # how the names of the weights end that are shipped as MXFP4
 

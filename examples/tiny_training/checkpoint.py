@@ -15,8 +15,8 @@ from longburn.kernels.mxfp4 import quantize
 from longburn.models.gpt_oss import GptOss, GptOssConfig, original_rules
 from longburn.nn import ExpertStorage
 from longburn.weights import save_checkpoint
-from tiny_gpt_oss.corpus import END
-from tiny_gpt_oss.training import EXPERTS
+from tiny_training.corpus import END
+from tiny_training.training import EXPERTS
 
 FILE = "model.safetensors"
 SHARD = 14_000_000  # bytes of tensors in one file of the bf16 checkpoint

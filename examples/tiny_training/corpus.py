@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from tiny_gpt_oss.texts import HELD_OUT, SOURCES, Source
+from tiny_training.texts import HELD_OUT, SOURCES, Source
 
 END = "<|endoftext|>"  # between two works
 VALIDATION = 0.02  # of each source: its end, never trained on; chooses the checkpoint
