@@ -5,6 +5,7 @@ import signal
 import pytest
 
 from longburn.generation import GenerationConfig, generate
+from longburn.generation.graph import DecodeStep
 from longburn.models import load_model
 from longburn.models.llama import Llama
 
@@ -16,13 +17,25 @@ QUESTIONS = ("Why is the sky blue?", "How far is the moon?", "Ça va? 🌙")
 def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """All token ids that the model was fed, in order, over all caches."""
     ids: list[int] = []
-    forward = Llama.forward_logits
+    forward, decode = Llama.forward_logits, DecodeStep.__call__
+    within_step = False
 
     def spy(self, tokens, *arguments, **options):
-        ids.extend(tokens.flatten().tolist())
+        if not within_step:
+            ids.extend(tokens.flatten().tolist())
         return forward(self, tokens, *arguments, **options)
 
+    def spy_on_step(self, tokens):  # which may call forward_logits or not
+        nonlocal within_step
+        ids.extend(tokens.flatten().tolist())
+        within_step = True
+        try:
+            return decode(self, tokens)
+        finally:
+            within_step = False
+
     monkeypatch.setattr(Llama, "forward_logits", spy)
+    monkeypatch.setattr(DecodeStep, "__call__", spy_on_step)
     return ids
 
 
@@ -90,9 +103,9 @@ def test_interrupting_a_reply_keeps_the_conversation(invoke, tiny, read, monkeyp
     made = []
 
     class Interrupting(chat.Screen):
-        def __call__(self, text: str) -> None:
-            super().__call__(text)
-            made.append(text)
+        def __call__(self, piece) -> None:
+            super().__call__(piece)
+            made.append(piece.text)
             if len(made) == 3:
                 signal.raise_signal(signal.SIGINT)
 

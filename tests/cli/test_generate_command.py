@@ -120,18 +120,18 @@ def test_a_stop_token_ends_the_text_and_is_left_out(invoke, tiny, tmp_path: Path
 
 @pytest.mark.parametrize("flags", [("--json",), ()])
 def test_ctrl_c_ends_after_the_token_in_work(invoke, tiny, monkeypatch: pytest.MonkeyPatch, flags) -> None:
-    from longburn.models.llama import Llama
+    from longburn.generation.graph import DecodeStep
 
     whole = as_json(invoke, tiny, "--prompt", PROMPT, *GREEDY)
-    forward, calls = Llama.forward_logits, []
+    step, calls = DecodeStep.__call__, []
 
-    def interrupted(self, tokens, *arguments, **options):
+    def interrupted(self, tokens):
         calls.append(tokens)
-        if len(calls) == 6:
+        if len(calls) == 5:
             signal.raise_signal(signal.SIGINT)
-        return forward(self, tokens, *arguments, **options)
+        return step(self, tokens)
 
-    monkeypatch.setattr(Llama, "forward_logits", interrupted)
+    monkeypatch.setattr(DecodeStep, "__call__", interrupted)
     outcome = invoke("generate", "--model", tiny, "--prompt", PROMPT, *GREEDY, *flags)
     assert outcome.code == 130
     assert outcome.out.endswith("\n")

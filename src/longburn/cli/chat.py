@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from longburn.cli.conversation import Conversation
+from longburn.cli.conversation import converse
 from longburn.cli.display import Screen, note
 from longburn.cli.options import RunOptions, takes
 
@@ -15,10 +15,9 @@ COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C sto
 def chat(options: RunOptions) -> None:
     """Talk with a model. Each line is one turn; /reset starts anew, /exit or Ctrl-D ends, Ctrl-C stops a reply."""
     stream = options.start()
-    loaded, cache = stream.loaded, stream.cache
-    conversation = Conversation(loaded)
+    conversation = converse(stream, options)
     if sys.stdin.isatty():
-        note(f"{loaded.name}: {COMMANDS}.")
+        note(f"{stream.loaded.name}: {COMMANDS}.")
     while (line := ask()) is not None:
         match line.strip():
             case "":
@@ -26,15 +25,15 @@ def chat(options: RunOptions) -> None:
             case "/exit":
                 return
             case "/reset":
-                cache.reset()
-                conversation = Conversation(loaded)
+                stream.cache.reset()
+                conversation = converse(stream, options)
             case command if command.startswith("/"):
                 note(f"no command {command.split()[0]}: {COMMANDS}")
             case question:
-                prompt, before = conversation.ask(question), cache.position
+                prompt = conversation.ask(question)
                 with Screen() as show:
-                    reply = stream.reply(prompt, show)
-                conversation.said(prompt, reply.tokens, read=cache.position - before)
+                    reply = stream.reply(prompt, conversation.reading(), show)
+                conversation.said(reply)
                 note(str(reply.stats))
 
 

@@ -8,6 +8,8 @@ from typing import Literal
 
 import typer
 
+from longburn.cli.reading import Piece
+
 
 @contextmanager
 def progress(
@@ -33,25 +35,41 @@ def progress(
 
 
 class Screen:
-    """Writes text to stdout as it comes, and a last newline however it ends."""
+    """Writes text as it comes, and a last newline however it ends: the answer to stdout, all else to stderr.
+
+    What is not the answer stands below its label; on a terminal it is dim.
+    """
 
     def __init__(self, *, silent: bool = False) -> None:
         self.silent = silent
         self.open_line = False
+        self.label: str | None = None
 
     def __enter__(self) -> "Screen":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self.open_line:
-            self("\n")
+        self.end_line()
 
-    def __call__(self, text: str) -> None:
-        """Shows `text` at once."""
+    def __call__(self, piece: Piece) -> None:
+        """Shows a piece of text at once."""
         if self.silent:
             return
-        typer.echo(text, nl=False)
-        sys.stdout.flush()
+        if piece.label != self.label:
+            self.end_line()
+            self.label = piece.label
+            if piece.label is not None:
+                self.write(f"[{piece.label}]\n")
+        self.write(piece.text)
+
+    def end_line(self) -> None:
+        if self.open_line:
+            self.write("\n")
+
+    def write(self, text: str) -> None:
+        aside = self.label is not None
+        typer.echo(typer.style(text, dim=True) if aside else text, nl=False, err=aside)
+        (sys.stderr if aside else sys.stdout).flush()
         self.open_line = not text.endswith("\n")
 
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longburn.cli.conversation import Conversation
+from longburn.cli.conversation import converse
 from longburn.cli.display import Screen, note
 from longburn.cli.options import RunOptions, takes
+from longburn.cli.reading import PlainReading, Reading
 
 if TYPE_CHECKING:
-    from longburn.models import LoadedModel
+    from longburn.cli.stream import Stream
 
 STDIN = "-"
 
@@ -29,8 +30,8 @@ def generate(
         bool | None,
         typer.Option(
             "--chat/--raw",
-            help="Send the prompt as a user's turn through the model's chat template, or as it stands. "
-            "Default: --chat if the model has a template.",
+            help="Send the prompt as a user's turn in the model's chat format, or as it stands. "
+            "Default: --chat if the model was tuned for it.",
             show_default=False,
         ),
     ] = None,
@@ -41,9 +42,9 @@ def generate(
     """Generate text from a prompt: --prompt, --prompt-file, or whatever is piped into stdin."""
     text = read_prompt(prompt, prompt_file)
     stream = options.start()
-    ids = encode(stream.loaded, text, chat)
+    ids, reading = encode(stream, options, text, chat)
     with Screen(silent=as_json) as show:
-        reply = stream.reply(ids, show)
+        reply = stream.reply(ids, reading, show)
     if as_json:
         typer.echo(json.dumps({"model": options.model, **asdict(reply)}, ensure_ascii=False))
     note(str(reply.stats))
@@ -71,15 +72,22 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     return text
 
 
-def encode(loaded: "LoadedModel", text: str, chat: bool | None) -> list[int]:
-    """Token ids of the prompt: through the chat template, as it stands (False), or whichever suits the model (None)."""
+def encode(stream: "Stream", options: RunOptions, text: str, chat: bool | None) -> tuple[list[int], Reading]:
+    """Token ids of the prompt, as a turn of chat, as it stands (False), or as suits the model (None), and what reads
+    the reply."""
+    from longburn.text import speaks_harmony
+
+    tokenizer = stream.loaded.tokenizer
     if chat is None:
-        chat = loaded.tokenizer.chat_template is not None
+        chat = tokenizer.chat_template is not None or speaks_harmony(tokenizer)
     if chat:
-        return Conversation(loaded).ask(text)
-    tokenizer = loaded.tokenizer
+        conversation = converse(stream, options)
+        return conversation.ask(text), conversation.reading()
+    for name, value in (("--system", options.system), ("--reasoning", options.reasoning)):
+        if value is not None:
+            raise ValueError(f"{name} belongs to a turn of chat, and this prompt is sent as it stands: leave it out")
     begin = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
-    return begin + tokenizer.encode(text)
+    return begin + tokenizer.encode(text), PlainReading(stream.config, tokenizer)
 
 
 def read_text(path: Path) -> str:

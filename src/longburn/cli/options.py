@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SINK_TOKENS = 4
 
-MODEL, CACHE, SAMPLING, MACHINE = "Model", "Cache", "Sampling", "Machine"
+MODEL, CHAT, CACHE, SAMPLING, MACHINE = "Model", "Chat", "Cache", "Sampling", "Machine"
 
 
 @dataclass
@@ -55,6 +55,24 @@ class RunOptions:
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 512
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop before this text; may be given several times.", show_default=False)
+    ] = None
+    system: Annotated[
+        str | None,
+        typer.Option(
+            "--system",
+            "--developer",
+            help="Instructions for the whole conversation: the system's message, or the developer's in Harmony.",
+            rich_help_panel=CHAT,
+            show_default=False,
+        ),
+    ] = None
+    reasoning: Annotated[
+        Literal["low", "medium", "high"] | None,
+        typer.Option(
+            help="How much the model thinks before it answers (GPT-OSS). Default: medium.",
+            rich_help_panel=CHAT,
+            show_default=False,
+        ),
     ] = None
     window: Annotated[
         int | None,

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from longburn.cli.display import progress
+from longburn.cli.reading import Piece, Reading, Spoken
 
 if TYPE_CHECKING:
     from longburn.cache import CacheManager
@@ -50,9 +51,11 @@ class Stats:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of one prompt. `tokens` leaves out the stop token that ended it; `finish` is the last event's."""
+    """What came of one prompt. `text` is the answer alone, `messages` are all that the model said in a format that has
+    them; `tokens` leaves out the stop token that ended it."""
 
     text: str
+    messages: tuple[Spoken, ...]
     tokens: tuple[int, ...]
     finish: str
     stats: Stats
@@ -68,7 +71,7 @@ class Stream:
     sampler: "SamplerConfig"
     impl: str
 
-    def reply(self, prompt: Sequence[int], show: Callable[[str], None]) -> Reply:
+    def reply(self, prompt: Sequence[int], reading: Reading, show: Callable[[Piece], None]) -> Reply:
         """Goes on with the token ids `prompt` after what the cache holds; each piece of text goes to `show` at once.
 
         The first Ctrl-C ends the reply after the token (or chunk of the prompt) in work, the second one at once.
@@ -77,6 +80,7 @@ class Stream:
         from longburn.kernels.registry import use_impl
 
         events: list[TokenEvent] = []
+        texts: list[str] = []
         times: list[float] = []
         started = read_at = time.perf_counter()
         read = 0
@@ -90,9 +94,9 @@ class Stream:
             for event in generate(
                 self.loaded.model,
                 [prompt],
-                config=self.config,
+                config=reading.config,
                 sampler=self.sampler,
-                tokenizer=self.loaded.tokenizer,
+                tokenizer=reading.speller,
                 cache=self.cache,
                 on_prefill=on_prefill,
                 cancelled=cancelled,
@@ -100,12 +104,16 @@ class Stream:
                 events.append(event)
                 if event.token >= 0:
                     times.append(time.perf_counter())
-                if event.text:
-                    show(event.text)
+                for piece in reading.take(event):
+                    texts += [piece.text] if piece.label is None else []
+                    show(piece)
+                if reading.stopped:
+                    break
         return Reply(
-            text="".join(event.text for event in events),
+            text="".join(texts),
+            messages=tuple(reading.spoken),
             tokens=tuple(event.token for event in events if event.token >= 0 and event.finish != "stop_token"),
-            finish=str(events[-1].finish),
+            finish=events[-1].finish or "stop_string",
             stats=Stats(
                 prompt_tokens=read,
                 prefill_seconds=read_at - started,

@@ -28,7 +28,7 @@ class HarmonyMessage:
     channel: str | None = None
     recipient: str | None = None
     content_type: str | None = None
-    content: bytes = b""
+    content: bytearray = field(default_factory=bytearray)
     tokens: list[int] = field(default_factory=list)
     end: int | None = None
     headed: bool = True
@@ -87,7 +87,7 @@ class HarmonyParser:
             message = self._headed(header)
             message.headed = False
             if CHANNEL not in header:  # plain text, as far as one can tell
-                message.content = b"".join(map(self._token_bytes, header[header[:1] == [ASSISTANT] :]))
+                message.content += b"".join(map(self._token_bytes, header[header[:1] == [ASSISTANT] :]))
         if message is not None:
             message.end = end
             self.messages.append(message)
