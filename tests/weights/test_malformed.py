@@ -183,7 +183,6 @@ SAFETENSORS_CASES = {
     "a list": u64(2) + b"[]",
     "deep": u64(20000) + b"[" * 20000,
     "a GGUF file": File().build(),
-    "data cut off": GOOD[:-1],
     "data too long": GOOD + b"\0",
     "shape against size": header(a=entry("F32", [3], 0, 8)) + bytes(8),
     "shape overflows": header(a=entry("F32", [2**33, 2**33], 0, 8)) + bytes(8),
@@ -194,6 +193,10 @@ SAFETENSORS_CASES = {
     "dtype unknown": header(a=entry("F31", [2], 0, 8)) + bytes(8),
     "dtype not supported": header(a=entry("F4", [16], 0, 8)) + bytes(8),
     "no offsets": header(a={"dtype": "F32", "shape": [2]}) + bytes(8),
+    "cut off, and overlapping": header(a=entry("F32", [2], 0, 8), b=entry("F32", [2], 4, 12)) + bytes(3),
+    "cut off, and of another size": header(a=entry("F32", [2], 0, 12)) + bytes(3),
+    "cut off, and negative": header(a=entry("F32", [-2, -1], 0, 8)) + bytes(3),
+    "cut off in the header": GOOD[:20],
 }
 
 
@@ -205,6 +208,28 @@ def test_malformed_safetensors(case: str, tmp_path: Path) -> None:
         SafetensorsSource(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert len(str(caught.value)) > len(f"{path}: not a readable safetensors file: ") or "dtype" in str(caught.value)
+
+
+def test_tensors_that_the_end_of_the_file_cuts_off_are_named(tmp_path: Path) -> None:
+    """The others can be read."""
+    path = tmp_path / "short.safetensors"
+    path.write_bytes(GOOD[:-1])
+    tensors = SafetensorsSource(path).tensors
+    cut, whole = sorted(tensors, key=lambda name: tensors[name].damage is None)
+    assert tensors[cut].damage == f"cut off: short.safetensors ends at byte {len(GOOD) - 1}, the tensor at {len(GOOD)}"
+    assert tensors[whole].damage is None
+    assert SafetensorsSource(path).read(whole).shape == tensors[whole].shape
+    with pytest.raises(CheckpointError, match=f"short.safetensors: cannot read {cut}: .* bytes are left of"):
+        SafetensorsSource(path).read(cut)
+
+
+def test_all_unreadable_shards_are_listed(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        save_file({name: torch.ones(3)}, tmp_path / f"{name}.safetensors")
+    for name in ("a", "c"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"no")
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: not a readable .*; .*c\.safetensors: not a readable"):
+        SafetensorsSource(tmp_path)
 
 
 @given(flips=flips)

@@ -35,7 +35,10 @@ class Decoder(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.embed = nn.Embedding(vocab_size, dim, dtype=dtype)
+        empty = torch.empty(vocab_size, dim, dtype=dtype)
+        self.embed: nn.Embedding = nn.Embedding.from_pretrained(empty, freeze=False)  # type: ignore[no-untyped-call]
+        if not self.embed.weight.is_meta:  # there PyTorch would load its compiler, 70 MiB, to draw nothing
+            nn.init.normal_(self.embed.weight)
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.head = nn.Linear(dim, vocab_size, bias=False, dtype=dtype)

@@ -22,15 +22,23 @@ from longburn.weights.sources import CheckpointError, Progress, SafetensorsSourc
 
 
 class CheckpointMismatch(CheckpointError):  # noqa: N818 (it names what is found, like KeyError's family)
-    """Names or shapes of a checkpoint differ from the model's.
+    """Names or shapes of a checkpoint differ from the model's, or tensors are cut off.
 
     Attributes:
-        missing, unused, misshapen: one line for each tensor concerned, which begins with its name.
+        missing, unused, misshapen, damaged: one line for each tensor concerned, which begins with its name.
     """
 
-    def __init__(self, missing: Sequence[str], unused: Sequence[str], misshapen: Sequence[str]) -> None:
+    def __init__(
+        self, missing: Sequence[str], unused: Sequence[str], misshapen: Sequence[str], damaged: Sequence[str] = ()
+    ) -> None:
         self.missing, self.unused, self.misshapen = tuple(missing), tuple(unused), tuple(misshapen)
-        kinds = {"missing": self.missing, "unused": self.unused, "mis-shaped": self.misshapen}
+        self.damaged = tuple(damaged)
+        kinds = {
+            "missing": self.missing,
+            "unused": self.unused,
+            "mis-shaped": self.misshapen,
+            "damaged": self.damaged,
+        }
         lines = [f"  {kind}: {line}" for kind, group in kinds.items() for line in group]
         counts = ", ".join(f"{len(group)} {kind}" for kind, group in kinds.items() if group)
         super().__init__("\n".join([f"the checkpoint does not fit the model: {counts}", *lines]))
@@ -73,7 +81,7 @@ def load_checkpoint(
         progress: called with (elements placed, elements in all) after each tensor that is read.
 
     Raises:
-        CheckpointMismatch: lists every missing, unused and mis-shaped tensor, with both shapes.
+        CheckpointMismatch: lists every missing, unused, mis-shaped (with both shapes) and damaged tensor.
         CheckpointError: an unreadable checkpoint, values that are not finite, tied tensors that differ, or buffers on
             the meta device that no checkpoint holds. The model is unchanged after any error.
     """
@@ -84,7 +92,7 @@ def load_checkpoint(
         raise CheckpointError(
             f"no checkpoint holds {', '.join(stuck)}: build non-persistent buffers off the meta device"
         )
-    links, ties = _plan(source.tensors, ours, rules)
+    links, ties = plan(source.tensors, ours, rules)
     placed: dict[str, Tensor] = {}
     bad: list[str] = []
     total, done = sum(math.prod(_cut(ours[link.ours], link.our_range).shape) for link in links), 0
@@ -135,7 +143,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, rules: Sequence[Rule]) -
     os.replace(unfinished, path)
 
 
-def _plan(
+def plan(
     theirs: Mapping[str, TensorInfo], ours: Mapping[str, Tensor], rules: Sequence[Rule]
 ) -> tuple[list[Link], list[Link]]:
     """What to copy and what to compare, with the names of ours replaced by the first of those that share a parameter.
@@ -157,8 +165,9 @@ def _plan(
     ]
     unused = [f"{name} {list(theirs[name].shape)}: {why}" for name, why in found.unused.items()]
     misshapen = [line for link in links + ties if (line := _misfit(link, theirs[link.theirs], ours[link.ours]))]
-    if missing or unused or misshapen:
-        raise CheckpointMismatch(missing, unused, misshapen)
+    damaged = [f"{name} {list(info.shape)}: {info.damage}" for name, info in theirs.items() if info.damage]
+    if missing or unused or misshapen or damaged:
+        raise CheckpointMismatch(missing, unused, misshapen, damaged)
     return links, ties
 
 

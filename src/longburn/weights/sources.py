@@ -7,11 +7,13 @@ read when it is asked for. So a loader can compare every name and shape before i
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -26,10 +28,11 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header tells about one tensor: its shape, and the dtype that `read` returns."""
+    """What a header tells about one tensor: its shape, the dtype that `read` returns, and why it cannot be read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    damage: str | None = None
 
 
 class TensorSource(Protocol):
@@ -43,7 +46,7 @@ class TensorSource(Protocol):
         """The tensor `name` on the CPU, of the shape and dtype its `TensorInfo` says."""
 
 
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -63,16 +66,19 @@ _SAFETENSORS_DTYPES = {
     "C64": torch.complex64,
 }
 
+_LONGEST_HEADER = 100_000_000  # of the safetensors package
+
 
 class SafetensorsSource:
     """The tensors of a `.safetensors` file, or of a directory of them.
 
     A directory with a `*.safetensors.index.json` is read through it: every shard it names must be there and
-    hold what the index says. Without one, all `*.safetensors` files of the directory count. Data is memory-mapped.
+    hold what the index says. Without one, all `*.safetensors` files of the directory count. A tensor that is cut off by
+    the end of its file is listed as damaged.
 
     Raises:
-        CheckpointError: nothing there, a damaged file or index, a shard that is missing or lies outside the
-            directory, or one name in two shards.
+        CheckpointError: nothing there, a damaged header or index, a shard that is missing or lies outside the
+            directory, or one name in two shards; every shard that is concerned is listed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -80,11 +86,16 @@ class SafetensorsSource:
         if not path.exists():
             raise CheckpointError(f"{path}: no such file or directory")
         shards = _shards(path) if path.is_dir() else {path: frozenset()}
-        self._files: dict[Path, Any] = {}
-        self._shard_of: dict[str, Path] = {}
+        self._extents: dict[str, _Extent] = {}
         self._tensors: dict[str, TensorInfo] = {}
+        problems: list[str] = []
         for shard, promised in shards.items():
-            self._open(shard, promised)
+            try:
+                self._add(shard, promised)
+            except CheckpointError as error:
+                problems.append(str(error))
+        if problems:
+            raise CheckpointError("; ".join(problems))
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -92,37 +103,92 @@ class SafetensorsSource:
         return self._tensors
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`, on the CPU, backed by the mapped file."""
-        if name not in self._shard_of:
-            raise CheckpointError(f"no tensor {name!r} in this checkpoint")
-        shard = self._shard_of[name]
-        try:
-            tensor: Tensor = self._files[shard].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{shard}: cannot read {name}: {error}") from error
-        return tensor
+        """The tensor `name`, on the CPU: a copy that the caller owns.
 
-    def _open(self, shard: Path, promised: frozenset[str]) -> None:
+        The file is not mapped, because pages of a mapped file stay in the process's memory as long as the mapping.
+        """
+        if name not in self._tensors:
+            raise CheckpointError(f"no tensor {name!r} in this checkpoint")
+        info, extent = self._tensors[name], self._extents[name]
         try:
-            file: Any = safe_open(shard, framework="pt", device="cpu")
-            headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            described = {name: (tuple(h.get_shape()), h.get_dtype()) for name, h in headers.items()}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{shard}: not a readable safetensors file: {error}") from error
-        if absent := sorted(promised - described.keys()):
+            data = np.fromfile(extent.file, np.uint8, extent.size, offset=extent.start)
+        except OSError as error:
+            raise CheckpointError(f"{extent.file}: cannot read {name}: {error}") from error
+        if len(data) != extent.size:
+            raise CheckpointError(f"{extent.file}: cannot read {name}: {len(data)} bytes are left of {extent.size}")
+        return torch.from_numpy(data).view(info.dtype).view(info.shape)
+
+    def _add(self, shard: Path, promised: frozenset[str]) -> None:
+        header, first_byte, size = _read_header(shard)
+        if absent := sorted(promised - header.keys()):
             raise CheckpointError(
                 f"{shard}: the index promises {', '.join(absent)} here, but the file does not hold it"
             )
-        for name, (shape, dtype) in described.items():
-            if name in self._shard_of:
-                raise CheckpointError(f"tensor {name} is both in {self._shard_of[name]} and in {shard}")
-            if dtype not in _SAFETENSORS_DTYPES:
+        for name, entry in header.items():
+            if name in self._extents:
+                raise CheckpointError(f"tensor {name} is both in {self._extents[name].file} and in {shard}")
+            dtype = entry["dtype"]
+            if dtype not in SAFETENSORS_DTYPES:
                 raise CheckpointError(
-                    f"{shard}: tensor {name} has dtype {dtype}, wanted one of {', '.join(_SAFETENSORS_DTYPES)}"
+                    f"{shard}: tensor {name} has dtype {dtype}, wanted one of {', '.join(SAFETENSORS_DTYPES)}"
                 )
-            self._shard_of[name] = shard
-            self._tensors[name] = TensorInfo(shape, _SAFETENSORS_DTYPES[dtype])
-        self._files[shard] = file
+            start, end = (first_byte + offset for offset in entry["data_offsets"])
+            damage = f"cut off: {shard.name} ends at byte {size}, the tensor at {end}" if end > size else None
+            self._extents[name] = _Extent(shard, start, end - start)
+            self._tensors[name] = TensorInfo(tuple(entry["shape"]), SAFETENSORS_DTYPES[dtype], damage)
+
+
+class _Extent(NamedTuple):
+    file: Path
+    start: int
+    size: int
+
+
+def _read_header(shard: Path) -> tuple[dict[str, Any], int, int]:
+    """What a file says of its tensors, where their data begins, and the file's size.
+
+    The safetensors package judges the file; that the end is missing is the one fault that is let pass.
+    """
+    try:
+        size = shard.stat().st_size
+        try:
+            with safe_open(shard, framework="np"):
+                pass
+        except SafetensorError:
+            if not _is_cut_off(shard, size):
+                raise
+        header, first_byte = _parse_header(shard)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{shard}: not a readable safetensors file: {error}") from error
+    return header, first_byte, size
+
+
+def _parse_header(shard: Path) -> tuple[dict[str, Any], int]:
+    with shard.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(min(length, _LONGEST_HEADER)))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _is_cut_off(shard: Path, size: int) -> bool:
+    """Whether a file that the safetensors package refuses has a sound header, and only its end is missing."""
+    try:
+        header, first_byte = _parse_header(shard)
+        end = first_byte
+        for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
+            start, stop = entry["data_offsets"]
+            itemsize = SAFETENSORS_DTYPES[entry["dtype"]].itemsize
+            if (
+                start != end - first_byte
+                or min(entry["shape"], default=0) < 0
+                or stop - start != math.prod(entry["shape"]) * itemsize
+            ):
+                return False
+            end = first_byte + stop
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return False
+    return first_byte <= size < end
 
 
 def _shards(directory: Path) -> dict[Path, frozenset[str]]:
