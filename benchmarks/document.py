@@ -11,6 +11,7 @@ import constant_memory
 import cpu_decode
 import cpu_summary
 import streaming_perplexity
+import tiny_gpt_oss
 from machine import ASSETS, machine_line
 
 PAGE = ASSETS.parent / "benchmarks.md"
@@ -49,10 +50,23 @@ def memory(result: Mapping[str, Any]) -> str:
     return "\n\n".join([constant_memory.sheet(result).markdown(), constant_memory.finding(result)])
 
 
+def small_model(result: Mapping[str, Any]) -> str:
+    """Tables, plots, what was written beyond the trained length."""
+    variants, chunkings, positions = (sheet.markdown() for sheet in tiny_gpt_oss.sheets(result))
+    images = {
+        "positions": "Bits per byte along the book, far beyond the trained length",
+        "sinks": "Share of attention that each head's learned sink takes",
+    }
+    along, shares = (f"![{title}](assets/{tiny_gpt_oss.NAME}_{kind}.png)" for kind, title in images.items())
+    text = f"Text: {result['book']}."
+    return "\n\n".join([variants, chunkings, shares, along, positions, tiny_gpt_oss.finding(result), text])
+
+
 SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     streaming_perplexity.NAME: perplexity,
     cpu_decode.NAME: decode,
     constant_memory.NAME: memory,
+    tiny_gpt_oss.NAME: small_model,
 }
 
 

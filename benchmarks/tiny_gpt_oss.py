@@ -236,8 +236,9 @@ def finding(result: Mapping[str, Any]) -> str:
     made, series = result["written"], result["written"]["series"]
     sizes = " or ".join(f"{size:,}" for size in sorted({at["cache"] for at in series}))
     grown = (series[-1]["resident"] - series[0]["resident"]) / MIB
+    speed = made["tokens"] / made["seconds"]
     return (
-        f"{made['tokens']:,} tokens written ({made['bytes']:,} bytes), {made['tokens'] / made['seconds']:.0f} a second. "
+        f"{made['tokens']:,} tokens written ({made['bytes']:,} bytes), {speed:.0f} a second. "
         f"The caches hold {sizes} bytes at every reading; resident memory changes by {grown:+.1f} MiB from token "
         f"{series[0]['tokens']:,} to {series[-1]['tokens']:,}."
     )
