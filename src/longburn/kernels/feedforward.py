@@ -21,9 +21,40 @@ class SwiGLUCall(NamedTuple):
     down_bias: Tensor | None
 
 
+def _gated_reference(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def _gated_native(gate_up: Tensor) -> Tensor:
+    hidden = gate_up.shape[-1] // 2
+    y = torch.empty(*gate_up.shape[:-1], hidden, dtype=gate_up.dtype)
+    native.launch("gated", gate_up.data_ptr(), y.data_ptr(), y.numel() // hidden, hidden, native.TYPES[y.dtype])
+    return y
+
+
+def _gated_native_why_not(gate_up: Tensor) -> str | None:
+    if not gate_up.is_cpu:
+        return f"runs on the CPU, got {gate_up.device.type}"
+    if torch.is_grad_enabled() and gate_up.requires_grad:
+        return "has no gradients"
+    if not gate_up.is_contiguous() or not gate_up.numel():
+        return "gate and up have gaps, or there are none"
+    return native.why_not(gate_up)
+
+
+# silu(gate) * up for `[..., 2 * hidden]`, gate first.
+GATED: Operation[Tensor, Tensor] = Operation(
+    "gated",
+    (
+        Impl("native", _gated_native, _gated_native_why_not),
+        Impl("reference", _gated_reference, lambda call: None),
+    ),
+)
+
+
 def _reference(call: SwiGLUCall) -> Tensor:
-    gate, up = linear(call.x, call.gate_up, call.gate_up_bias).chunk(2, -1)
-    return linear(F.silu(gate) * up, call.down, call.down_bias)
+    return linear(GATED(linear(call.x, call.gate_up, call.gate_up_bias)), call.down, call.down_bias)
 
 
 def _native(call: SwiGLUCall) -> Tensor:

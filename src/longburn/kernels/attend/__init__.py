@@ -1,7 +1,8 @@
 """Attention: the call, and its implementations in the order in which `auto` tries them."""
 
 from longburn.kernels.attend import flex, native, reference, sdpa
-from longburn.kernels.attend.call import AttendCall, AttendResult, BiasTerms, Known, merge
+from longburn.kernels.attend.call import AttendCall, AttendResult, BiasTerms, Known
+from longburn.kernels.attend.merging import merge
 from longburn.kernels.registry import Impl, Operation
 
 IMPLS: tuple[Impl[AttendCall, AttendResult], ...] = (

@@ -154,20 +154,6 @@ def _starts(total: int, block: int) -> Iterator[int]:
     return iter(range(0, total, block))
 
 
-def merge(parts: list[AttendResult]) -> AttendResult:
-    """Merge attention over disjoint sets of keys by their log-sum-exps; exact, in any order.
-
-    A part that saw nothing has log-sum-exp `-inf` and output 0.
-    """
-    if len(parts) == 1:
-        return parts[0]
-    out = torch.stack([out for out, _ in parts])
-    lse = torch.stack([lse for _, lse in parts])
-    total = torch.logsumexp(lse, 0)
-    weight = torch.exp(lse - total.clamp_min(torch.finfo(lse.dtype).min))
-    return (out * weight.unsqueeze(-1)).sum(0).to(out.dtype), total
-
-
 def add_sinks(result: AttendResult, sinks: Tensor | None) -> AttendResult:
     """Let learned logits `[H]` into the softmax's denominator: a key with value 0."""
     if sinks is None:

@@ -19,9 +19,9 @@ from longburn.kernels.attend.call import (
     add_sinks,
     bias_matrix,
     by_query_blocks,
-    merge,
     visible,
 )
+from longburn.kernels.attend.merging import merge
 
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 

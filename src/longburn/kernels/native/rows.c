@@ -64,6 +64,27 @@ static void gated(const void *gate, const void *up, float *y, int64_t n, int64_t
 }
 
 typedef struct {
+    const void *gate_up; /* [n, 2 hidden], gate first */
+    void *y;             /* [n, hidden] */
+    int64_t n, hidden, type;
+} gated_args;
+
+void longburn_gated(const gated_args *a) {
+    const int64_t hidden = a->hidden, bytes = a->type ? 2 : 4;
+#pragma omp parallel for schedule(static) if (a->n * hidden > 16384)
+    for (int64_t i = 0; i < a->n; i++) {
+        const char *gate = (const char *)a->gate_up + 2 * i * hidden * bytes;
+        if (!a->type) {
+            gated(gate, gate + hidden * bytes, (float *)a->y + i * hidden, hidden, 0);
+            continue;
+        }
+        float row[hidden];
+        gated(gate, gate + hidden * bytes, row, hidden, 1);
+        for (int64_t h = 0; h < hidden; h++) put(a->y, i * hidden + h, 1, row[h]);
+    }
+}
+
+typedef struct {
     const void *gate_up, *gate_up_bias, *down, *bias, *x; /* [2 hidden,in], [2 hidden], [out,hidden], [out], [n,in] */
     void *y;                                              /* [n,out] */
     int64_t n, out, hidden, in, type;
@@ -330,4 +351,50 @@ void longburn_attend(const attend_args *a) {
         }
     }
     free(scratch);
+}
+
+#define PARTS 4 /* at most, in one merge */
+
+typedef struct {
+    const void *out; /* [B,H,T,D] */
+    const float *lse; /* [B,H,T] */
+    int64_t out_row, out_head, out_token, lse_row, lse_head, lse_token; /* strides in elements */
+} attended;
+
+typedef struct {
+    attended parts[PARTS];
+    void *out;  /* [B,T,H,D] contiguous: as the output projection reads it */
+    float *lse; /* [B,H,T] contiguous */
+    int64_t n, B, H, T, D, type;
+} merge_args;
+
+/* Attention over disjoint sets of keys, weighted by their shares of the softmax. */
+void longburn_merge(const merge_args *a) {
+    const int64_t H = a->H, T = a->T, D = a->D;
+#pragma omp parallel for collapse(2) schedule(static) if (a->B * H * T * D > 16384)
+    for (int64_t b = 0; b < a->B; b++)
+        for (int64_t t = 0; t < T; t++)
+            for (int64_t h = 0; h < H; h++) {
+                float lse[PARTS], weight[PARTS], top = -INFINITY, sum = 0;
+                for (int64_t p = 0; p < a->n; p++) {
+                    const attended *part = a->parts + p;
+                    lse[p] = part->lse[b * part->lse_row + h * part->lse_head + t * part->lse_token];
+                    top = lse[p] > top ? lse[p] : top;
+                }
+                for (int64_t p = 0; p < a->n; p++) sum += weight[p] = top > -INFINITY ? expf(lse[p] - top) : 0.0f;
+                const int64_t to = ((b * T + t) * H + h) * D;
+                float row[D];
+                memset(row, 0, 4 * (size_t)D);
+                for (int64_t p = 0; p < a->n; p++) {
+                    const attended *part = a->parts + p;
+                    if (weight[p] == 0) continue; /* a part that saw nothing may hold anything */
+                    const int64_t from = b * part->out_row + h * part->out_head + t * part->out_token;
+                    const float share = weight[p] / sum;
+                    if (a->type) for (int64_t d = 0; d < D; d++) row[d] += share * widen(((const uint16_t *)part->out)[from + d]);
+                    else for (int64_t d = 0; d < D; d++) row[d] += share * ((const float *)part->out)[from + d];
+                }
+                if (a->type) for (int64_t d = 0; d < D; d++) ((uint16_t *)a->out)[to + d] = narrow(row[d]);
+                else memcpy((float *)a->out + to, row, 4 * (size_t)D);
+                a->lse[(b * H + h) * T + t] = top > -INFINITY ? top + logf(sum) : -INFINITY;
+            }
 }
