@@ -124,6 +124,12 @@ def quantize(tensor: Tensor, scales: Tensor | None = None) -> Mxfp4:
     return Mxfp4(codes[..., 0::2] | codes[..., 1::2] << 4, chosen.to(torch.uint8))
 
 
+def is_canonical(weight: Mxfp4) -> Tensor:
+    """For each block `[..., out, G]`: whether its values alone say its bytes, which `quantize` then writes again."""
+    low, high = weight.blocks & 7, (weight.blocks >> 4) & 7
+    return (torch.maximum(low, high).amax(-1) >= 6) | (weight.scales == 0)
+
+
 def _codes(x: Tensor, scales: Tensor) -> Tensor:
     """The four bits of each value `[..., G, 32]` under the scale bytes `[..., G]`."""
     size = torch.ldexp(x.abs(), (BIAS - scales)[..., None])

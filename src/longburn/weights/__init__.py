@@ -2,7 +2,7 @@
 
 from longburn.weights.checkpoint import CheckpointMismatch, load_checkpoint, open_source, save_checkpoint
 from longburn.weights.gguf import GgufFile
-from longburn.weights.packed import PackedNames
+from longburn.weights.packed import DerivedSource, PackedNames
 from longburn.weights.rules import (
     InterleavedRows,
     Layout,
@@ -16,12 +16,15 @@ from longburn.weights.rules import (
     Tied,
     Transposed,
 )
-from longburn.weights.sources import CheckpointError, SafetensorsSource, TensorInfo, TensorSource
+from longburn.weights.sources import CheckpointError, Progress, SafetensorsSource, TensorInfo, TensorSource
 from longburn.weights.store import ModelEntry, StoreError, available, fetch, locate
+from longburn.weights.views import in_dtype, in_our_names, in_their_names
+from longburn.weights.writer import write_file, write_shards
 
 __all__ = [
     "CheckpointError",
     "CheckpointMismatch",
+    "DerivedSource",
     "GgufFile",
     "InterleavedRows",
     "Layout",
@@ -29,6 +32,7 @@ __all__ = [
     "ModelEntry",
     "PackedNames",
     "Part",
+    "Progress",
     "Rename",
     "Rule",
     "SafetensorsSource",
@@ -42,8 +46,13 @@ __all__ = [
     "Transposed",
     "available",
     "fetch",
+    "in_dtype",
+    "in_our_names",
+    "in_their_names",
     "load_checkpoint",
     "locate",
     "open_source",
     "save_checkpoint",
+    "write_file",
+    "write_shards",
 ]

@@ -50,8 +50,12 @@ class PackedNames:
                 replaced += [blocks, scales]
         return DerivedSource(source, shown, replaced)
 
-    def packed(self, source: TensorSource) -> TensorSource:
-        """The checkpoint with dense weights shown packed: each rounded to the nearest MXFP4 weight."""
+    def packed(self, source: TensorSource, scales: TensorSource | None = None) -> TensorSource:
+        """The checkpoint with dense weights shown packed: each rounded to the nearest MXFP4 weight.
+
+        Args:
+            scales: may hold, under the name of a packed weight's scales, those to use where they are exact.
+        """
         shown: dict[str, Derived] = {}
         replaced: list[str] = []
         for name, stored, info in self._dense(source):
@@ -59,7 +63,9 @@ class PackedNames:
             out, size = (columns, rows) if self.transposed else (rows, columns)
             for index, (half, tail) in enumerate(zip(self._halves(name), ((BLOCK // 2,), ()), strict=True)):
                 shape = (experts, out, size // BLOCK, *tail)
-                make = partial(_pack, stored=stored, half=index, transposed=self.transposed)
+                known = scales if scales is not None and self._halves(name)[1] in scales.tensors else None
+                read = partial(known.read, self._halves(name)[1]) if known else None
+                make = partial(_pack, stored=stored, half=index, transposed=self.transposed, scales=read)
                 shown[half] = Derived(TensorInfo(shape, torch.uint8), make)
             replaced.append(stored)
         return DerivedSource(source, shown, replaced)
@@ -126,7 +132,10 @@ def _unpack(source: TensorSource, blocks: str, scales: str, transposed: bool) ->
     return values.mT if transposed else values
 
 
-def _pack(source: TensorSource, stored: str, half: int, transposed: bool) -> Tensor:
+def _pack(
+    source: TensorSource, stored: str, half: int, transposed: bool, scales: Callable[[], Tensor] | None
+) -> Tensor:
     values = source.read(stored)
     values = values.mT if transposed else values
-    return torch.stack([quantize(expert)[half] for expert in values])
+    known = [None] * len(values) if scales is None else scales()
+    return torch.stack([quantize(expert, given)[half] for expert, given in zip(values, known, strict=True)])
