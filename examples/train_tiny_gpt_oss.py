@@ -94,7 +94,12 @@ def run(
                 save({name: weight.detach().cpu() for name, weight in master.weights.items()}, config, out)
 
         timed = replace(recipe, seconds=left * share)
-        logs.append(train_model(config, corpus, timed, device, keep, lambda line: print(line, flush=True)))
+        try:
+            logs.append(train_model(config, corpus, timed, device, keep, lambda line: print(line, flush=True)))
+        except FloatingPointError as error:
+            print(f"training {index + 1} has failed: {error}")
+    if not logs:
+        raise FloatingPointError("every training has failed; nothing is kept")
     chosen = min(logs, key=lambda log: log["best"])
     log = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -47,7 +47,7 @@ class Recipe:
     context: int = 1024
     batch: int = 32
     learning_rate: float = 3e-3
-    warmup: float = 0.02
+    warmup: float = 0.03
     decay: float = 0.5
     clip: float = 1.0
     balance: float = 0.01
@@ -191,12 +191,15 @@ def train(
     keep: Callable[[Master, dict[str, Any]], None],
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train a model from nothing; returns the log.
+    """Train a model from nothing; returns the log. What `keep` was given stays, should it fail.
 
     Args:
         keep: called with the weights and the entry of the log, each time the validation loss with rounded experts is
             the lowest so far.
         say: is given one line for each evaluation.
+
+    Raises:
+        FloatingPointError: the loss is no longer a number.
     """
     torch.manual_seed(recipe.seed)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -246,7 +249,7 @@ def train(
             entry["validation_bits_per_byte"] = bits_per_byte(model, corpus.validation, recipe.context, recipe.batch)
             entries.append(entry)
             running.zero_()
-            say(" ".join(f"{key} {value:.5g}" for key, value in entry.items()))
+            say(" ".join(f"{key} {value:.6g}" for key, value in entry.items()))
             if rounded and entry["validation_bits_per_byte"] < best:
                 best = entry["validation_bits_per_byte"]
                 keep(master, entry)

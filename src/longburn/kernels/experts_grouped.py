@@ -54,9 +54,12 @@ def experts_grouped(call: ExpertsCall) -> Tensor:
     up = F.grouped_mm(rows, call.gate_up.transpose(1, 2), offs=ends)
     hidden = _activation(call.x.device.type)(up, _bias(call.gate_up_bias, expert), call.alpha, call.limit)
     out = F.grouped_mm(hidden, call.down.transpose(1, 2), offs=ends)
-    out = _permute(out + _bias(call.down_bias, expert), back, order).view(N, k, -1)
-    # A sum of k products, not a matrix product: k is 4, and the sum is to be in fp32.
-    return (out * call.weights[..., None]).sum(1).to(call.x.dtype)
+    out = _permute(out, back, order).view(N, k, -1)
+    wide = torch.promote_types(out.dtype, torch.float32)
+    weights = call.weights.to(wide)
+    # The biases of a token's experts, weighted: one small product instead of a row for each choice.
+    share = torch.zeros(N, count, dtype=wide, device=out.device).scatter_add(1, call.chosen, weights)
+    return ((out * weights[..., None]).sum(1) + share @ call.down_bias.to(wide)).to(call.x.dtype)
 
 
 class _Permute(torch.autograd.Function):
