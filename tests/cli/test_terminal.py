@@ -96,6 +96,15 @@ def test_a_long_prefill_shows_a_bar_on_the_terminal(tiny, environment) -> None:
     assert "━" in shown
 
 
+def test_what_is_not_the_answer_is_dim_on_the_terminal(environment) -> None:
+    code = "from longburn.cli.display import Screen\nfrom longburn.cli.reading import Piece\nwith Screen() as show:\n"
+    code += " for text, label in (('Hm', 'analysis'), ('m.', 'analysis'), ('Blue', None), ('.', None)):\n"
+    code += "  show(Piece(text, label))\nprint('done')"
+    shown = on_terminal([sys.executable, "-c", code], environment, until=b"done").replace("\r\n", "\n")
+    dim = "\x1b[2m{}\x1b[0m".format
+    assert shown == dim("[analysis]\n") + dim("Hm") + dim("m.") + dim("\n") + "Blue.\ndone\n"
+
+
 def test_no_bar_in_a_pipe(command, tiny, environment) -> None:
     prompt = "Why is the sky blue? " * 40
     arguments = ["generate", "--model", tiny, "--prompt", prompt, "--chunk-size", "3", "--max-new-tokens", "3"]
