@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from longburn.cli import chat, convert, generate, models
+from longburn.cli import chat, convert, generate, inspect, models
 from longburn.cli.options import Debug, Session
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
 app.add_typer(models.app, name="models")
 

@@ -1,6 +1,6 @@
 """Reads checkpoints (safetensors, GGUF) into models by rules, and keeps the models that can be fetched by name."""
 
-from longburn.weights.checkpoint import CheckpointMismatch, load_checkpoint, open_source, save_checkpoint
+from longburn.weights.checkpoint import CheckpointMismatch, load_checkpoint, open_source, plan, save_checkpoint
 from longburn.weights.gguf import GgufFile
 from longburn.weights.packed import DerivedSource, PackedNames
 from longburn.weights.rules import (
@@ -52,6 +52,7 @@ __all__ = [
     "load_checkpoint",
     "locate",
     "open_source",
+    "plan",
     "save_checkpoint",
     "write_file",
     "write_shards",

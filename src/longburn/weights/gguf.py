@@ -104,6 +104,11 @@ class GgufFile:
         """How `name` is stored: "F32", "Q4_1", ..."""
         return self._extent(name).kind.name
 
+    def nbytes(self, name: str) -> int:
+        """Bytes of `name` in the file."""
+        extent = self._extent(name)
+        return extent.end - extent.start
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor `name`, dequantised, in its own dtype or in `dtype`: a copy that the caller owns.
 
