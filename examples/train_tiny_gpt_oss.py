@@ -7,6 +7,7 @@
 Without a command it rehearses all of it in a few seconds on the CPU: a model far too small, on a text far too short.
 """
 
+import hashlib
 import json
 import tempfile
 import time
@@ -134,7 +135,9 @@ def export(
 ) -> None:
     """Put the trained model into the package: weights, tokenizer, training log, provenance, licence."""
     size = export_checkpoint(results, corpus, ROOT / "LICENSE", target)
-    print(f"{target}: {size / 1e6:.2f} MB")
+    weights = (target / "model.safetensors").read_bytes()
+    print(f"{target}: {size / 1e6:.2f} MB in all")
+    print(f"its entry in weights/store.py: size={len(weights):_}, sha256={hashlib.sha256(weights).hexdigest()!r}")
 
 
 def rehearse() -> None:
