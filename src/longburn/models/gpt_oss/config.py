@@ -180,6 +180,11 @@ class GptOssConfig:
         return {key: value for key, value in stated.items() if value is not None}
 
 
+def is_gpt_oss(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is of this architecture. OpenAI's says so only by its keys."""
+    return bool(config.get("model_type", "gpt_oss" if "rope_ntk_alpha" in config else None) == "gpt_oss")
+
+
 def _released(*, layers: int, experts: int) -> GptOssConfig:
     return GptOssConfig(
         vocab_size=201088,
