@@ -43,7 +43,7 @@ class Longburn:
         import torch
 
         from longburn.cache import AttnWindow
-        from longburn.generation import GenerationConfig
+        from longburn.generation import DecodeStep, GenerationConfig
         from longburn.models import load_model
 
         torch.set_num_threads(job["threads"])
@@ -54,10 +54,13 @@ class Longburn:
         self.chunk_size = GenerationConfig().chunk_size
         self.tensor: Any = torch.tensor
         self.cache: Any = None
+        self.step: Any = None
+        self.new_step: Any = DecodeStep
 
     def start(self) -> None:
-        self.cache = None  # first, so that there are never two
+        self.cache = self.step = None  # first, so that there are never two
         self.cache = self.model.init_cache(1, max_length=self.max_length)
+        self.step = self.new_step(self.model, self.cache)
 
     def prefill(self, tokens: list[int]) -> int:
         for start in range(0, len(tokens), self.chunk_size):
@@ -66,7 +69,7 @@ class Longburn:
         return int(logits.argmax())
 
     def decode(self, token: int) -> int:
-        return int(self.model.forward_logits(self.tensor([[token]]), self.cache).argmax())
+        return int(self.step(self.tensor([[token]])).argmax())
 
     def facts(self) -> dict[str, Any]:
         from importlib.metadata import version

@@ -7,6 +7,7 @@ import pytest
 import torch
 from emma import TEXT
 
+from longburn import AttnWindow
 from longburn.generation import GenerationConfig, generate
 from longburn.models import LoadedModel, load_model
 from longburn.models.llama import hf_rules
@@ -95,11 +96,14 @@ def chat(question: str) -> str:
 
 
 def test_chunk_sizes_change_no_token(smollm2: LoadedModel, text: list[int]) -> None:
-    runs = []
-    for size in (1, 7, 64, 511):
-        config = GenerationConfig(max_new_tokens=8, chunk_size=size)
-        runs.append([event.token for event in generate(smollm2.model, [text[:70]], config=config)])
-    assert runs[0] == runs[1] == runs[2] == runs[3]
+    """Read whole, and, in more than one of the largest chunks, through a window that it rolls over."""
+    rolling = load_model(smollm2.path, window=AttnWindow(64, sink_tokens=4, relative_sinks=True)).model
+    for model, prompt in ((smollm2.model, text[:70]), (rolling, (text * 3)[:530])):
+        runs = []
+        for size in (1, 7, 64, 511):
+            config = GenerationConfig(max_new_tokens=8, chunk_size=size)
+            runs.append([event.token for event in generate(model, [prompt], config=config)])
+        assert runs[0] == runs[1] == runs[2] == runs[3]
 
 
 def test_bf16_reads_the_same_text(smollm2: LoadedModel, text: list[int]) -> None:
