@@ -161,6 +161,25 @@ def test_ids_of_a_tokenizer_json(text: str, from_json: Tokenizer, tokenizer: Tok
         ]
 
 
+def test_a_tokenizer_json_brings_the_vocabulary(
+    from_json: Tokenizer, o200k_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = o200k_path.read_bytes()
+    monkeypatch.setenv("LONGBURN_CACHE", str(tmp_path / "cache"))
+    o200k.keep_vocabulary(from_json)
+    assert o200k.vocabulary() == tmp_path / "cache" / "o200k_base.tiktoken"
+    assert o200k.vocabulary().read_bytes() == content
+    assert [file.name for file in (tmp_path / "cache").iterdir()] == ["o200k_base.tiktoken"]
+    o200k.vocabulary().unlink()
+    core = json.loads(from_json._core._core.to_str())  # one token spelled otherwise
+    core["model"]["vocab"] = {("Ġquite_other" if id == 150_000 else t): id for t, id in core["model"]["vocab"].items()}
+    core["model"]["merges"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(core))
+    with pytest.raises(StoreError, match=r"not on this machine.*: longburn models get o200k"):
+        o200k.keep_vocabulary(Tokenizer.from_file(tmp_path))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 class TestPrompts:
     def test_the_example_of_the_format(self, encoding) -> None:
         ids = [*opening(), *user_turn("What is 2 + 2?"), *REPLY]

@@ -34,9 +34,11 @@ def converse(stream: "Stream", options: "RunOptions") -> Conversation:
         ValueError: the model was not tuned for chat, or does not know an option that was given.
     """
     from longburn.text import speaks_harmony
+    from longburn.text.o200k import keep_vocabulary
 
     name = stream.loaded.name
     if speaks_harmony(stream.loaded.tokenizer):
+        keep_vocabulary(stream.loaded.tokenizer)
         return HarmonyConversation(stream, reasoning=options.reasoning or "medium", instructions=options.system)
     if stream.loaded.tokenizer.chat_template is None:
         raise ValueError(

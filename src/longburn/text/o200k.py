@@ -64,6 +64,26 @@ def harmony_tokenizer() -> Tokenizer:
     )
 
 
+def keep_vocabulary(tokenizer: Tokenizer) -> None:
+    """Writes the vocabulary's file from a tokenizer that has the same tokens, unless it is on this machine already.
+
+    So a checkpoint with a `tokenizer.json` brings all that Harmony needs.
+
+    Raises:
+        StoreError: the tokenizer has other tokens, and the file is not here; the message says how to get it.
+    """
+    from longburn.weights.store import StoreError, keep
+
+    try:
+        vocabulary()
+    except StoreError as missing:
+        tokens = (base64.b64encode(tokenizer.token_bytes(id)) for id in range(START_OF_TEXT))
+        try:
+            keep("o200k", b"".join(b"%s %d\n" % (token, id) for id, token in enumerate(tokens)))
+        except StoreError as error:
+            raise missing from error
+
+
 def vocabulary() -> Path:
     """The file of `o200k_base`'s ranks on this machine, checked.
 

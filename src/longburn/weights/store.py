@@ -164,6 +164,27 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     return target
 
 
+def keep(name: str, content: bytes) -> Path:
+    """Puts the file of model `name` into the cache from bytes that are at hand.
+
+    Raises:
+        StoreError: no such model, other bytes than it should have, or a cache that cannot be written.
+    """
+    model = entry(name)
+    if (found := hashlib.sha256(content).hexdigest()) != model.sha256:
+        raise StoreError(f"{model.kind} {name}: these {len(content)} bytes have sha256 {found}, wanted {model.sha256}")
+    target = cache_dir() / model.filename
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
+            out = Path(scratch) / model.filename
+            out.write_bytes(content)
+            os.replace(out, target)
+    except OSError as error:
+        raise StoreError(f"{model.kind} {name} cannot be put into {target.parent}: {error}") from error
+    return target
+
+
 def _installed(model: ModelEntry) -> Path | None:
     """Where the file lies if its package is installed. The package is not imported: it needs others that may lack."""
     package, _, rest = model.member.partition("/")
