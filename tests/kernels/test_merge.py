@@ -5,20 +5,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from compute import compute
 
-from longburn import use_impl
 from longburn.kernels.attend import merging
 from longburn.kernels.attend.merging import merge
 from longburn.kernels.feedforward import GATED
-
-
-def run(operation, impl: str, call):
-    reason = next(candidate for candidate in operation.impls if candidate.name == impl).why_not(call)
-    if reason is not None:
-        assert impl == "native", f"{impl} refuses: {reason}"
-        pytest.skip(f"native: {reason}")
-    with use_impl(impl):
-        return operation(call)
 
 
 @pytest.mark.parametrize("impl", ["native", "reference"])
@@ -37,7 +28,7 @@ def test_parts_of_the_keys_give_the_whole(impl: str, dtype: torch.dtype, cuts: t
         out = scores[..., a:b].softmax(-1).nan_to_num() @ v[:, :, a:b]
         strided = torch.empty(B, T, H, D, dtype=dtype).transpose(1, 2).copy_(out)
         parts.append((strided, scores[..., a:b].logsumexp(-1).float().transpose(1, 2).contiguous().transpose(1, 2)))
-    out, lse = run(merging.OPERATION, impl, parts)
+    out, lse = compute(merging.OPERATION, impl, parts)
     wanted = scores.softmax(-1).nan_to_num() @ v
     assert out.dtype == dtype
     assert lse.dtype == torch.float32
@@ -58,7 +49,7 @@ def test_one_part_is_itself() -> None:
 @pytest.mark.parametrize("shape", [(1, 2), (3, 5, 66), (70, 512)], ids=str)
 def test_gate(impl: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 6).to(dtype)
-    got = run(GATED, impl, x)
+    got = compute(GATED, impl, x)
     gate, up = x.double().chunk(2, -1)
     wanted = F.silu(gate) * up
     assert got.shape == wanted.shape

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from compute import compute
 
 from longburn import ImplError, use_impl
 from longburn.kernels import feedforward as feedforward_kernels
@@ -31,15 +31,6 @@ def grid(operation, one_row: list, rows: list) -> list:
         for dtype in DTYPES[impl.name]
         for sizes in (one_row + rows if impl.name == "reference" else one_row)
     ]
-
-
-def compute(operation, impl: str, call) -> Tensor:
-    reason = next(candidate for candidate in operation.impls if candidate.name == impl).why_not(call)
-    if reason is not None:
-        assert impl == "native", f"{impl} refuses: {reason}"
-        pytest.skip(f"native: {reason}")  # no compiler here
-    with use_impl(impl):
-        return operation(call)
 
 
 @pytest.mark.parametrize("biased", [False, True])

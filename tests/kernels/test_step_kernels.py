@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compute import compute
 from torch import Tensor
 
 from longburn import ImplError, use_impl
@@ -11,15 +12,6 @@ from longburn.kernels.append import AppendCall, append
 from longburn.kernels.rotate import AnglesCall, RotateCall, angles, rotate
 
 
-def run(operation, impl: str, call):
-    reason = next(candidate for candidate in operation.impls if candidate.name == impl).why_not(call)
-    if reason is not None:
-        assert impl == "native", f"{impl} refuses: {reason}"
-        pytest.skip(f"native: {reason}")
-    with use_impl(impl):
-        return operation(call)
-
-
 @pytest.mark.parametrize("impl", ["native", "reference"])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (1, 16)], ids=str)
 def test_angles(impl: str, shape: tuple[int, int]) -> None:
@@ -27,7 +19,7 @@ def test_angles(impl: str, shape: tuple[int, int]) -> None:
     positions = torch.randint(0, 20_000_000, shape, generator=g)
     positions[0, 0] = -1
     frequencies = torch.rand(14, generator=g, dtype=torch.float64) * 2 - 1
-    cos, sin = run(rotate_kernels.ANGLES, impl, AnglesCall(positions, frequencies, 1.25, torch.float32))
+    cos, sin = compute(rotate_kernels.ANGLES, impl, AnglesCall(positions, frequencies, 1.25, torch.float32))
     phase = positions.double()[:, None, :, None] * frequencies
     assert cos.shape == sin.shape == (shape[0], 1, shape[1], 14)
     assert cos.dtype == sin.dtype == torch.float32
@@ -68,7 +60,7 @@ def test_rotation(impl: str, dtype: torch.dtype, interleaved: bool, rotary: int,
         phase.sin(),
     )
     wide = torch.promote_types(dtype, torch.float32)
-    got = run(rotate_kernels.ROTATE, impl, RotateCall(x, cos.to(wide), sin.to(wide), interleaved))
+    got = compute(rotate_kernels.ROTATE, impl, RotateCall(x, cos.to(wide), sin.to(wide), interleaved))
     turned = torch.complex(x[..., first].double(), x[..., second].double()) * torch.polar(torch.ones_like(phase), phase)
     wanted = x.double().clone()
     wanted[..., first], wanted[..., second] = turned.real, turned.imag
@@ -118,7 +110,7 @@ def test_append(impl: str, dtype: torch.dtype, case: str) -> None:
                 slot = p if ring is None or p < sinks else sinks + (p - sinks) % ring
                 wanted_k[b, :, slot], wanted_v[b, :, slot] = k[b, :, t], v[b, :, t]
                 wanted_held[b if len(rows) > 1 else 0, slot] = p
-    run(append_kernels.OPERATION, impl, AppendCall(k, v, torch.tensor(rows), k_cache, v_cache, held, sinks, ring))
+    compute(append_kernels.OPERATION, impl, AppendCall(k, v, torch.tensor(rows), k_cache, v_cache, held, sinks, ring))
     for got, wanted in ((k_cache, wanted_k), (v_cache, wanted_v)):
         assert torch.equal(got[:, :, :slots], wanted[:, :, :slots])
     assert torch.equal(held[:, :slots], wanted_held[:, :slots])
@@ -129,7 +121,7 @@ def test_append_of_one_clock_to_rows_of_their_own() -> None:
     for impl in ("native", "reference"):
         k = torch.arange(4.0).view(2, 1, 2, 1)
         k_cache, v_cache, held = torch.zeros(2, 1, 4, 1), torch.zeros(2, 1, 4, 1), torch.full((2, 4), -1)
-        run(append_kernels.OPERATION, impl, AppendCall(k, k, torch.tensor([[1, 2]]), k_cache, v_cache, held, 0, 3))
+        compute(append_kernels.OPERATION, impl, AppendCall(k, k, torch.tensor([[1, 2]]), k_cache, v_cache, held, 0, 3))
         assert held[:, :3].tolist() == [[-1, 1, 2]] * 2
         assert k_cache[:, 0, :3, 0].tolist() == [[0, 0, 1], [0, 2, 3]]
 
