@@ -46,7 +46,8 @@ class PackedNames:
                 experts, out, groups, _ = info.shape
                 shape = (experts, groups * BLOCK, out) if self.transposed else (experts, out, groups * BLOCK)
                 make = partial(_unpack, blocks=blocks, scales=scales, transposed=self.transposed)
-                shown[name] = Derived(TensorInfo(shape, torch.bfloat16), make)
+                damage = info.damage or source.tensors[scales].damage
+                shown[name] = Derived(TensorInfo(shape, torch.bfloat16, damage), make)
                 replaced += [blocks, scales]
         return DerivedSource(source, shown, replaced)
 
@@ -66,7 +67,7 @@ class PackedNames:
                 known = scales if scales is not None and self._halves(name)[1] in scales.tensors else None
                 read = partial(known.read, self._halves(name)[1]) if known else None
                 make = partial(_pack, stored=stored, half=index, transposed=self.transposed, scales=read)
-                shown[half] = Derived(TensorInfo(shape, torch.uint8), make)
+                shown[half] = Derived(TensorInfo(shape, torch.uint8, info.damage), make)
             replaced.append(stored)
         return DerivedSource(source, shown, replaced)
 
