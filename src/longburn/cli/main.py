@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from longburn.cli import chat, convert, generate, inspect, models
+from longburn.cli import chat, convert, generate, inspect, models, plan
 from longburn.cli.options import Debug, Session
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -22,6 +22,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
+app.command("plan")(plan.plan)
 app.add_typer(models.app, name="models")
 
 
