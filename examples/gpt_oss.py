@@ -28,7 +28,15 @@ PROMPT = "It was late in the evening when the carriage stopped at last before th
 SHIPPED = Path(data.__path__[0]) / "tiny_gpt_oss"
 
 
-def load(checkpoint: Path, window: int | None, full: AttnWindow | None, sinks: bool, yarn: float | None) -> GptOss:
+def load(
+    checkpoint: Path,
+    window: int | None = None,
+    full: AttnWindow | None = None,
+    *,
+    sinks: bool = True,
+    yarn: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> GptOss:
     """The model of a checkpoint directory, changed as asked.
 
     Args:
@@ -36,10 +44,11 @@ def load(checkpoint: Path, window: int | None, full: AttnWindow | None, sinks: b
         full: window of the layers that see all keys as trained; None: all keys.
         sinks: False takes the learned sinks out of every softmax.
         yarn: how many times longer than the initial context positions may become; None: as trained.
+        dtype: of what is not MXFP4, and of the cache.
     """
     config = GptOssConfig.from_config(read_settings(checkpoint))
     windows = config if window is None else replace(config, sliding_window=window)
-    model = GptOss.from_checkpoint(checkpoint, policy=windows.policy(full))
+    model = GptOss.from_checkpoint(checkpoint, dtype=dtype, policy=windows.policy(full))
     for attention in model.attentions:
         if not sinks:
             assert attention.sinks is not None
@@ -65,9 +74,13 @@ def caches(model: GptOss, cache: CacheManager) -> Table:
 
 def spans(positions: list[int]) -> str:
     """Ascending numbers as stretches: 0-3, 500-627."""
-    starts = [p for p, before in zip(positions, [None, *positions], strict=False) if before is None or p != before + 1]
-    ends = [p for p, after in zip(positions, [*positions[1:], None], strict=True) if after != p + 1]
-    return ", ".join(f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
+    stretches: list[list[int]] = []
+    for position in positions:
+        if stretches and position == stretches[-1][1] + 1:
+            stretches[-1][1] = position
+        else:
+            stretches.append([position, position])
+    return ", ".join(f"{first}-{last}" for first, last in stretches)
 
 
 def main(
@@ -86,10 +99,15 @@ def main(
     min_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(min=0.0)] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="float32 or bfloat16: of what is not MXFP4, and of the cache.")
+    ] = "float32",
 ) -> None:
     """Continue a text with a GPT-OSS model, and show what each layer's cache holds."""
     full = full_window and AttnWindow(full_window, sink_tokens=sink_tokens, relative_sinks=sink_tokens > 0)
-    model = load(checkpoint, window, full or None, sinks, yarn_factor)
+    if dtype not in ("float32", "bfloat16"):
+        raise typer.BadParameter(f"--dtype {dtype}: wanted float32 or bfloat16")
+    model = load(checkpoint, window, full or None, sinks=sinks, yarn=yarn_factor, dtype=getattr(torch, dtype))
     tokenizer = Tokenizer.from_file(checkpoint)
     sampler = SamplerConfig(temperature, top_k, top_p, min_p, repetition_penalty, seed=seed)
     ids = tokenizer.encode(prompt)
