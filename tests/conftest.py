@@ -33,3 +33,23 @@ def o200k_path() -> Path:
     from longburn.weights import fetch
 
     return fetch("o200k")
+
+
+@pytest.fixture(scope="session")
+def o200k_json(o200k_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with GPT-OSS's tokenizer as the `tokenizer.json` that transformers makes of the ranks."""
+    import json
+
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    from longburn.text.o200k import O200K, SPECIAL_TOKENS
+
+    directory = tmp_path_factory.mktemp("o200k")
+    names = [
+        name for name in sorted(SPECIAL_TOKENS, key=lambda name: SPECIAL_TOKENS[name]) if "endofprompt" not in name
+    ]
+    core = TikTokenConverter(str(o200k_path), pattern=O200K, extra_special_tokens=names).converted()
+    core.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|return|>"}))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [200_002, 199_999, 200_012]}))
+    return directory

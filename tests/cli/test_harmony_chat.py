@@ -5,6 +5,7 @@ The model is whole (caches, windows, logits); only what it says is given, becaus
 
 import json
 import re
+import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
@@ -374,3 +375,42 @@ def test_a_gpt_oss_without_harmony_is_not_tuned_for_chat(invoke, tiny_base, mode
     assert "model small is not tuned for chat" in outcome.err
     outcome = invoke("generate", "--model", tmp_path, "-p", "Hello", "--temperature", "0", "--max-new-tokens", "2")
     assert outcome.code == 0
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in the original format, which has no tokenizer."""
+    from longburn.models.gpt_oss.names import original_rules
+    from longburn.weights import save_checkpoint
+
+    directory = tmp_path_factory.mktemp("checkpoint")
+    (directory / "config.json").write_text(json.dumps(CONFIG.to_original()))
+    torch.manual_seed(6)
+    model = GptOss(CONFIG, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.4)
+    save_checkpoint(model, directory / "model.safetensors", original_rules(CONFIG, "dense"))
+    return directory
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_a_checkpoint_from_disk(with_tokenizer, invoke, checkpoint, o200k_json, tokenizer, tmp_path) -> None:
+    """Random weights: the prompts are those of the format, and whatever the model says is taken, shown and kept."""
+    path = checkpoint
+    if with_tokenizer:
+        path = tmp_path / "with-tokenizer"
+        shutil.copytree(checkpoint, path)
+        shutil.copy(o200k_json / "tokenizer.json", path)
+    new = ("--max-new-tokens", "40")
+    outcome = chat(invoke, path, *new, lines=QUESTIONS[:2])
+    assert outcome.code == 0, outcome.err
+    (first, before), (second, after) = read_and_position(outcome.err)
+    assert first == len([*opening(), *user_turn(QUESTIONS[0]), *REPLY])
+    assert before == first + 39
+    assert after == before + second + 39  # nothing was read again
+    reply = json.loads(
+        invoke("generate", "--model", path, "-p", QUESTIONS[0], "--temperature", "0", *new, "--json").out
+    )
+    assert reply["text"] == tokenizer.decode(reply["tokens"])
+    assert outcome.out.startswith(f"{reply['text']}\n")
