@@ -1,6 +1,7 @@
 """A recorded decode step gives the bits of the model, over rings, growing caches and rewinds; or steps aside."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,13 @@ from longburn import AttnWindow, CacheManager, RotaryEncoding, WindowPolicy, use
 from longburn.generation.graph import DecodeStep
 from longburn.kernels import native
 from longburn.kernels.native.tape import Tape, Unrecordable, is_recording
+from longburn.models.gpt_oss import GptOss
 from longburn.models.llama import Llama, LlamaConfig
+from longburn.nn import ExpertStorage
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"native: {native.unavailable()}")
+
+GOLDEN = Path(__file__).parent.parent / "models" / "data" / "gpt_oss_tiny_original"
 
 CONFIG = LlamaConfig(
     vocab_size=53,
@@ -212,3 +217,22 @@ def test_a_tape_runs_on_what_its_inputs_hold() -> None:
         for _ in range(3):
             x.copy_(torch.randn(3, 4))
             assert torch.equal(tape.run(), x + (constant.sin() * 2).T)
+
+
+@pytest.mark.parametrize("experts", ["mxfp4", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_gpt_oss_with_its_experts(experts: ExpertStorage, dtype: torch.dtype, rows: int) -> None:
+    """Routing is data, not control flow: which experts are read differs from step to step."""
+    gpt_oss = GptOss.from_checkpoint(GOLDEN, dtype=dtype, experts=experts)
+    ours, theirs = gpt_oss.init_cache(rows), gpt_oss.init_cache(rows)
+    step, chosen = DecodeStep(gpt_oss, ours), set()
+    for token in tokens(40, rows):
+        with torch.no_grad():
+            wanted = gpt_oss.forward_logits(token, theirs)
+            got = step(token)
+        assert torch.equal(got, wanted)
+        chosen.add(got.argmax(-1)[0].item())
+    assert step.why_not is None
+    assert step.tape is not None
+    assert len(chosen) > 5

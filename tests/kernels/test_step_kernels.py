@@ -8,8 +8,10 @@ from torch import Tensor
 from longburn import ImplError, use_impl
 from longburn.kernels import append as append_kernels
 from longburn.kernels import rotate as rotate_kernels
+from longburn.kernels import route as route_kernels
 from longburn.kernels.append import AppendCall, append
 from longburn.kernels.rotate import AnglesCall, RotateCall, angles, rotate
+from longburn.kernels.route import RouteCall
 
 
 @pytest.mark.parametrize("impl", ["native", "reference"])
@@ -132,3 +134,25 @@ def test_append_chooses_by_itself() -> None:
     assert held.tolist() == [[-1, 1, -1]]
     assert isinstance(cache, Tensor)
     assert cache[0, 0, 1].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "experts", "k"), [(1, 32, 4), (7, 5, 5), (16, 3, 1)])
+def test_routing(impl: str, dtype: torch.dtype, n: int, experts: int, k: int) -> None:
+    """The chosen logits in falling order are the largest, and the weights their share of the softmax over all."""
+    g = torch.Generator().manual_seed(n)
+    logits = (torch.stack([torch.randperm(experts, generator=g) for _ in range(n)]) * 0.75 - 30).to(dtype)
+    chosen, weights = compute(route_kernels.OPERATION, impl, RouteCall(logits, k))
+    wanted = logits.argsort(1, descending=True)[:, :k]
+    assert torch.equal(chosen, wanted)
+    share = logits.double().softmax(1).gather(1, wanted)
+    torch.testing.assert_close(weights.double(), share / share.sum(1, keepdim=True), rtol=1e-6, atol=1e-7)
+
+
+def test_routing_of_nan_and_of_nothing_finite() -> None:
+    """A NaN must come out as one, not vanish behind the experts that are well."""
+    for impl in ("native", "reference"):
+        chosen, weights = compute(route_kernels.OPERATION, impl, RouteCall(torch.tensor([[1.0, torch.nan, 3.0]]), 2))
+        assert chosen.tolist() == [[1, 2]]
+        assert weights.isnan().all()

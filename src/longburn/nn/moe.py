@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from longburn.kernels.experts import experts
 from longburn.kernels.linear import linear
 from longburn.kernels.mxfp4 import BLOCK, Mxfp4
+from longburn.kernels.route import route
 
 ExpertStorage = Literal["dense", "mxfp4"]
 
@@ -137,10 +138,7 @@ class MoE(nn.Module):
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """For x `[N, M]` the experts of each token, int64 `[N, k]`, and their weights `[N, k]`, which sum to 1."""
-        logits = linear(x, self.router.weight, self.router.bias)
-        top, chosen = logits.topk(self.top_k, dim=-1)
-        wide = torch.promote_types(top.dtype, torch.float32)
-        return chosen, top.softmax(-1, dtype=wide)
+        return route(linear(x, self.router.weight, self.router.bias), self.top_k)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., M]` to `[..., M]`."""

@@ -129,6 +129,33 @@ void longburn_append(const append_args *a) {
 }
 
 typedef struct {
+    const void *logits; /* [n,E] */
+    int64_t *chosen;    /* [n,k] */
+    float *weights;     /* [n,k] */
+    int64_t n, E, k, type;
+} route_args;
+
+/* The k largest logits of each row, largest first, the first of equals first, NaN before all; and their softmax. */
+void longburn_route(const route_args *a) {
+    for (int64_t i = 0; i < a->n; i++) {
+        int64_t *chosen = a->chosen + i * a->k;
+        float *weights = a->weights + i * a->k, rest[a->E], sum = 0;
+        uint8_t taken[a->E];
+        memset(taken, 0, a->E);
+        for (int64_t e = 0; e < a->E; e++) rest[e] = get(a->logits, i * a->E + e, a->type);
+        for (int64_t j = 0; j < a->k; j++) {
+            int64_t best = -1;
+            for (int64_t e = 0; e < a->E; e++)
+                if (!taken[e] && (best < 0 || rest[e] > rest[best] || (isnan(rest[e]) && !isnan(rest[best])))) best = e;
+            taken[best] = 1, chosen[j] = best, weights[j] = rest[best];
+        }
+        const float top = weights[0];
+        for (int64_t j = 0; j < a->k; j++) sum += weights[j] = expf(weights[j] - top);
+        for (int64_t j = 0; j < a->k; j++) weights[j] /= sum;
+    }
+}
+
+typedef struct {
     void (*function)(const void *);
     const void *arguments;
 } call;
