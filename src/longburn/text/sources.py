@@ -87,7 +87,7 @@ def from_file(path: Path) -> TokenizerParts:
     if spec is None:
         raise TokenizerError(f"{file}: no such file")
     try:
-        core = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        core = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises nothing narrower
         raise TokenizerError(f"{file}: not a tokenizer: {error}") from error
     config = _Typed(_read_json(file.with_name("tokenizer_config.json")) or {}, "")
