@@ -175,6 +175,19 @@ def test_bf16_loses_no_more_than_transformers_in_bf16(both: Both) -> None:
     assert torch.stack(ours).max() <= 2 * torch.stack(theirs_plain).max()
 
 
+def test_norms_round_once_as_those_of_transformers(both: Both) -> None:
+    """bf16 tells before and after apart: in every norm nearly all bits must agree."""
+    model, theirs = both(dtype=torch.bfloat16)
+    plain = copy.deepcopy(theirs).to(torch.bfloat16).model
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    pairs = [(model.norm, plain.norm)]
+    for ours, layer in zip(model.layers, plain.layers, strict=True):
+        pairs += [(ours.attention_norm, layer.input_layernorm), (ours.mlp_norm, layer.post_attention_layernorm)]
+    with torch.no_grad():
+        for ours, wanted in pairs:
+            assert (ours(x) != wanted(x)).float().mean() < 0.002
+
+
 def test_gradients_equal_those_of_transformers(both: Both) -> None:
     """Of the full forward, to every parameter: router, experts, sinks, norms, the fused projection."""
     model, theirs = both()
