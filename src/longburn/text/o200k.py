@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from binascii import a2b_base64
 from pathlib import Path
 
 from longburn.text.core import TiktokenCore
@@ -50,7 +51,7 @@ def harmony_tokenizer() -> Tokenizer:
     except ImportError as error:
         raise ImportError("GPT-OSS's tokenizer needs tiktoken: pip install 'longburn[harmony]'") from error
     lines = vocabulary().read_bytes().splitlines()
-    ranks = {base64.b64decode(token): int(rank) for token, _, rank in (line.partition(b" ") for line in lines)}
+    ranks = {a2b_base64(token): int(rank) for token, _, rank in (line.partition(b" ") for line in lines)}
     encoding = tiktoken.Encoding(
         "o200k_harmony", pat_str=O200K, mergeable_ranks=ranks, special_tokens=SPECIAL_TOKENS, explicit_n_vocab=None
     )
