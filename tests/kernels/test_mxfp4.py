@@ -1,6 +1,7 @@
 """MXFP4 against the format's own definition, written once more here with plain Python numbers."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -53,6 +54,21 @@ def as_dequantized(weight: Mxfp4, dtype: torch.dtype, impl: str) -> Tensor:
         pytest.skip(f"native: {reason}")
     with use_impl(impl):
         return dequantize(weight, dtype)
+
+
+@pytest.fixture(autouse=True, params=[impl.name for impl in kernels.QUANTIZE.impls])
+def quantiser(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test of `quantize` is one of each of its implementations, where that takes the type."""
+
+    impls = kernels.QUANTIZE.impls
+
+    def chosen(call: kernels.QuantizeCall) -> tuple[Mxfp4, int]:
+        impl = next(impl for impl in impls if impl.name == request.param)
+        return (impl if impl.why_not(call) is None else impls[-1]).run(call)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "QUANTIZE", chosen)
+        yield
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -105,14 +105,28 @@ def quantize(tensor: Tensor, scales: Tensor | None = None) -> Mxfp4:
             f"quantize: got {tensor.dtype} {list(tensor.shape)}, wanted floating point [..., out, in] "
             f"with in a multiple of {BLOCK}"
         )
-    x = tensor.detach().reshape(*tensor.shape[:-1], tensor.shape[-1] // BLOCK, BLOCK)
-    x = x if x.dtype == torch.float64 else x.float()
-    if scales is not None and (scales.shape != x.shape[:-1] or scales.dtype != torch.uint8):
-        raise ValueError(f"quantize: scales are {scales.dtype} {list(scales.shape)}, wanted uint8 {list(x.shape[:-1])}")
-    largest = x.abs().amax(-1) if x.numel() else x.new_zeros(x.shape[:-1])
-    if bad := int((~largest.isfinite()).sum()):
+    shape = (*tensor.shape[:-1], tensor.shape[-1] // BLOCK)
+    if scales is not None and (scales.shape != shape or scales.dtype != torch.uint8):
+        raise ValueError(f"quantize: scales are {scales.dtype} {list(scales.shape)}, wanted uint8 {list(shape)}")
+    weight, bad = QUANTIZE(QuantizeCall(tensor.detach().reshape(*shape, BLOCK), scales))
+    if bad:
         raise ValueError(f"quantize: {bad} blocks hold NaN or infinite values, which MXFP4 cannot")
-    exponent = torch.frexp(largest).exponent - 1  # floor(log2 largest), of subnormals too
+    return weight
+
+
+class QuantizeCall(NamedTuple):
+    """x `[..., out, G, 32]`, and scales uint8 `[..., out, G]` or None, as of `quantize`."""
+
+    x: Tensor
+    scales: Tensor | None
+
+
+def _quantize(call: QuantizeCall) -> tuple[Mxfp4, int]:
+    """The weight, and the number of blocks that cannot be one."""
+    x, scales = call.x if call.x.dtype == torch.float64 else call.x.float(), call.scales
+    largest = x.abs().amax(-1)
+    bad = int((~largest.isfinite()).sum())
+    exponent = torch.frexp(largest.nan_to_num()).exponent - 1  # floor(log2 largest), of subnormals too
     chosen = (exponent - 2 + BIAS).clamp(0, NAN_SCALE - 1) * (largest > 0)
     codes = _codes(x, chosen)
     if scales is not None:
@@ -121,7 +135,30 @@ def quantize(tensor: Tensor, scales: Tensor | None = None) -> Mxfp4:
         magnitudes = torch.tensor(MAGNITUDES, dtype=x.dtype, device=x.device)[(exact & 7).int()]
         fits = (torch.ldexp(magnitudes, wished[..., None] - BIAS) == x.abs()).all(-1) & (wished < NAN_SCALE)
         chosen, codes = torch.where(fits, wished, chosen), torch.where(fits[..., None], exact, codes)
-    return Mxfp4(codes[..., 0::2] | codes[..., 1::2] << 4, chosen.to(torch.uint8))
+    return Mxfp4(codes[..., 0::2] | codes[..., 1::2] << 4, chosen.to(torch.uint8)), bad
+
+
+def _quantize_native(call: QuantizeCall) -> tuple[Mxfp4, int]:
+    x, scales = call.x.contiguous(), None if call.scales is None else call.scales.contiguous()
+    shape = x.shape[:-1]
+    weight = Mxfp4(torch.empty(*shape, BLOCK // 2, dtype=torch.uint8), torch.empty(shape, dtype=torch.uint8))
+    bad = torch.empty((), dtype=torch.int64)
+    addresses = map(native.address, (x, scales, *weight, bad))
+    native.launch("quantize", *addresses, weight.scales.numel(), native.TYPES[x.dtype])
+    return weight, int(bad)
+
+
+def _quantize_native_why_not(call: QuantizeCall) -> str | None:
+    return f"runs on the CPU, got {call.x.device.type}" if call.x.device.type != "cpu" else native.why_not(call.x)
+
+
+QUANTIZE: Operation[QuantizeCall, tuple[Mxfp4, int]] = Operation(
+    "quantize",
+    (
+        Impl("native", _quantize_native, _quantize_native_why_not),
+        Impl("reference", _quantize, lambda call: None),
+    ),
+)
 
 
 def is_canonical(weight: Mxfp4) -> Tensor:

@@ -194,3 +194,59 @@ void longburn_dequantize(const dequantize_args *a) {
         }
     }
 }
+
+/* The codes of 32 values under a scale byte: the nearest magnitude, from half-way on to the even code. */
+static void encode(const float *x, float inverse, uint8_t *codes) {
+    for (int64_t i = 0; i < BLOCK; i++) {
+        float size = fabsf(x[i]) * inverse;
+        uint32_t bits;
+        memcpy(&bits, x + i, 4);
+        codes[i] = (uint8_t)((size > 0.25f) + (size >= 0.75f) + (size > 1.25f) + (size >= 1.75f) + (size > 2.5f)
+                             + (size >= 3.5f) + (size > 5.0f) + (bits >> 31) * 8);
+    }
+}
+
+static int is_exact(const float *x, float scale, const uint8_t *codes) {
+    static const float magnitudes[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+    int exact = 1;
+    for (int64_t i = 0; i < BLOCK; i++) exact &= magnitudes[codes[i] & 7] * scale == fabsf(x[i]);
+    return exact;
+}
+
+typedef struct {
+    const void *x;           /* [blocks, 32] */
+    const uint8_t *wished;   /* [blocks], or null: the scale byte to use where it is exact */
+    uint8_t *codes, *scales; /* [blocks, 16], [blocks] */
+    int64_t *failed;         /* set to the number of blocks that hold NaN or infinite values */
+    int64_t blocks, type;
+} quantize_args;
+
+void longburn_quantize(const quantize_args *a) {
+    float scales[256];
+    fill_scales(scales);
+    int64_t failed = 0;
+#pragma omp parallel for schedule(static) reduction(+ : failed) if (a->blocks > 4096)
+    for (int64_t g = 0; g < a->blocks; g++) {
+        float x[BLOCK];
+        uint32_t largest = 0; /* magnitudes as bits are in the order of the numbers, infinity and NaN last */
+        for (int64_t i = 0; i < BLOCK; i++) {
+            x[i] = get(a->x, g * BLOCK + i, (int)a->type);
+            uint32_t bits;
+            memcpy(&bits, x + i, 4);
+            bits &= 0x7fffffffu;
+            largest = bits > largest ? bits : largest;
+        }
+        failed += largest >= 0x7f800000u;
+        int64_t scale = (int64_t)(largest >> 23) - 2; /* floor(log2), biased; beyond the reach of a scale for subnormals */
+        scale = scale < 0 ? 0 : scale > 254 ? 254 : scale;
+        uint8_t codes[BLOCK], other[BLOCK];
+        encode(x, scales[254 - scale], codes);
+        if (a->wished && a->wished[g] != scale && a->wished[g] < 255) {
+            encode(x, scales[254 - a->wished[g]], other);
+            if (is_exact(x, scales[a->wished[g]], other)) scale = a->wished[g], memcpy(codes, other, BLOCK);
+        }
+        for (int64_t i = 0; i < BYTES; i++) a->codes[g * BYTES + i] = codes[2 * i] | (uint8_t)(codes[2 * i + 1] << 4);
+        a->scales[g] = (uint8_t)scale;
+    }
+    *a->failed = failed;
+}
