@@ -138,5 +138,9 @@ def _pack(
 ) -> Tensor:
     values = source.read(stored)
     values = values.mT if transposed else values
-    known = [None] * len(values) if scales is None else scales()
-    return torch.stack([quantize(expert, given)[half] for expert, given in zip(values, known, strict=True)])
+    given = None if scales is None else scales()
+    experts, out, size = values.shape
+    packed = torch.empty((experts, out, size // BLOCK, *((BLOCK // 2,), ())[half]), dtype=torch.uint8)
+    for expert in range(experts):
+        packed[expert] = quantize(values[expert], None if given is None else given[expert])[half]
+    return packed

@@ -92,6 +92,7 @@ def _write(path: Path, source: TensorSource, names: Sequence[str]) -> Iterator[i
             for piece in _pieces(_read(source, name)):
                 file.write(piece.numpy().data)
                 yield piece.numel()
+            del piece  # it may be a view of the whole tensor, which must go before the next one is read
         file.flush()
         os.fsync(file.fileno())
 
@@ -105,8 +106,6 @@ def _read(source: TensorSource, name: str) -> Tensor:
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     """The bytes of a tensor, in order."""
-    if tensor.numel() == 0:
-        return
     if tensor.dim() == 0 or tensor.nbytes <= _PIECE:
         yield tensor.contiguous().reshape(-1).view(torch.uint8)
         return
