@@ -86,6 +86,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.kept: list[Tensor] = list(inputs)
         self._changing = {_memory(tensor) for tensor in inputs}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to say yes would load PyTorch's whole compiler, some 40 MiB."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
