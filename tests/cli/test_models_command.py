@@ -37,7 +37,7 @@ def test_get_prints_where_it_lies(invoke, tmp_path: Path, monkeypatch: pytest.Mo
 def test_get_of_an_unknown_name_names_the_known(invoke) -> None:
     outcome = invoke("models", "get", "smollm3")
     assert (outcome.code, outcome.out) == (1, "")
-    assert outcome.err == "longburn: error: no model 'smollm3'; available: smollm2, o200k\n"
+    assert outcome.err == "longburn: error: no model 'smollm3'; available: smollm2, o200k, tiny-gpt-oss\n"
 
 
 def test_a_failed_fetch_is_one_line(invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def test_catalogue_says_where_each_model_comes_from() -> None:
 
 def test_unknown_name() -> None:
     for function in (locate, fetch):
-        with pytest.raises(StoreError, match="no model 'gpt'; available: smollm2, o200k"):
+        with pytest.raises(StoreError, match="no model 'gpt'; available: smollm2, o200k, tiny-gpt-oss"):
             function("gpt")
 
 

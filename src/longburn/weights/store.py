@@ -89,6 +89,18 @@ _CATALOGUE = (
         sha256="446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
         kind="vocabulary",
     ),
+    ModelEntry(
+        name="tiny-gpt-oss",
+        title="tiny GPT-OSS (15.9 M, MXFP4)",
+        licence="Apache-2.0",
+        origin="trained by examples/train_tiny_gpt_oss.py on public-domain English, in longburn itself",
+        package="longburn",
+        version="0.1.0",
+        member="longburn/models/data/tiny_gpt_oss/model.safetensors",
+        wheel_size=11_608_320,
+        size=11_608_320,
+        sha256="c854d4708c168c0ec767ca8115c5e9e3fa18269202d34449b3412259bc0e045c",
+    ),
 )
 
 
