@@ -101,7 +101,7 @@ class RunOptions:
     ] = None
     chunk_size: Annotated[
         int, typer.Option(min=1, help="Read the prompt this many tokens at a time.", rich_help_panel=CACHE)
-    ] = 512
+    ] = 1024
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 always takes the likeliest token.", rich_help_panel=SAMPLING)
     ] = 0.7

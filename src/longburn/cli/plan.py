@@ -39,7 +39,7 @@ def plan(
         typer.Option(min=1, help="A window for layers that see all keys; theirs otherwise.", show_default=False),
     ] = None,
     sink_tokens: Annotated[int, typer.Option(min=0, help="With --window: first tokens kept.")] = DEFAULT_SINK_TOKENS,
-    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens of a prompt read at a time.")] = 512,
+    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens of a prompt read at a time.")] = 1024,
     memory: Annotated[
         str | None, typer.Option(help="Say what fits into this much, such as 80GiB.", show_default=False)
     ] = None,

@@ -32,14 +32,15 @@ class GenerationConfig:
 
     Args:
         max_new_tokens: per row.
-        chunk_size: prompt tokens per forward call; changes memory and speed, never the result.
+        chunk_size: prompt tokens per forward call; changes memory and speed, never the result. (PyTorch's fused attention
+            on the CPU takes larger blocks from 768 queries on, which is worth 10 to 20 % of a long prompt's time.)
         stop_tokens: ids that end a row; the last event carries the id, but no text of it.
         stop_strings: texts that end a row, found byte-exactly across token borders; they need a tokenizer.
         logprobs: None for none, n >= 0 for the log-probability of every token and the n most likely ones.
     """
 
     max_new_tokens: int = 128
-    chunk_size: int = 512
+    chunk_size: int = 1024
     stop_tokens: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
     logprobs: int | None = None
