@@ -253,7 +253,14 @@ def plot_positions(result: Mapping[str, Any], path: Path) -> None:
     for key, row in result["positions"].items():
         style = SCHEMES[key]
         middles = [(n + 0.5) * BUCKET for n in range(len(row["bits_per_byte"]))]
-        axes.plot(middles, row["bits_per_byte"], color=style.color, linewidth=style.width, label=style.title)
+        axes.plot(
+            middles,
+            row["bits_per_byte"],
+            color=style.color,
+            linewidth=style.width,
+            label=style.title,
+            zorder=10 - style.width,
+        )  # a thin line shows on a thick one that it runs along with
     axes.set_xlabel("position in the book (tokens)")
     axes.set_ylabel("bits per byte")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k" if x else "0")
