@@ -1,5 +1,6 @@
 """A recorded decode step gives the bits of the model, over rings, growing caches and rewinds; or steps aside."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -236,3 +237,32 @@ def test_gpt_oss_with_its_experts(experts: ExpertStorage, dtype: torch.dtype, ro
     assert step.why_not is None
     assert step.tape is not None
     assert len(chosen) > 5
+
+
+def test_other_threads_do_not_get_onto_the_tape() -> None:
+    """A server decodes in several threads: what one records, the others' launches must stay out of."""
+    llama = model()
+    stop = threading.Event()
+
+    def noise() -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                llama(torch.zeros(1, 1, dtype=torch.int64))
+                assert not is_recording()
+
+    threads = [threading.Thread(target=noise) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        lengths = set()
+        for _ in range(10):
+            step = DecodeStep(llama, llama.init_cache(1, max_length=8))
+            for token in tokens(3):
+                step(token)
+            assert step.tape is not None
+            lengths.add(len(step.tape))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert len(lengths) == 1

@@ -7,6 +7,7 @@ and floats, in the order of the structure in the C file. Nothing is checked ther
 
 import ctypes
 import struct
+import threading
 from collections.abc import Callable
 from functools import cache
 
@@ -18,7 +19,8 @@ from longburn.kernels.native.build import library
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 Launch = tuple["ctypes._NamedFuncPointer", "ctypes.Array[ctypes.c_int64]"]
-_listener: Callable[[Launch], None] | None = None  # hears of every launch while a tape is recorded
+_listener: Callable[[Launch], None] | None = None  # hears of every launch of one thread while that records a tape
+_listening_thread = 0
 
 
 def why_not(*tensors: Tensor | None) -> str | None:
@@ -44,15 +46,21 @@ def launch(name: str, *words: "int | float") -> None:
     """Call `longburn_<name>`; a float becomes a double."""
     arguments = (ctypes.c_int64 * len(words))(*[_bits(word) if isinstance(word, float) else word for word in words])
     function = _function(name)
-    if _listener is not None:
+    if _listener is not None and _listening_thread == threading.get_ident():
         _listener((function, arguments))
     function(arguments)
 
 
 def listen(listener: "Callable[[Launch], None] | None") -> None:
-    """Hand every further launch to the listener as well (None: to nobody)."""
-    global _listener
+    """Hand every further launch of this thread to the listener as well (None: to nobody)."""
+    global _listener, _listening_thread
+    _listening_thread = threading.get_ident()
     _listener = listener
+
+
+def is_listening() -> bool:
+    """Whether this thread's launches are heard."""
+    return _listener is not None and _listening_thread == threading.get_ident()
 
 
 def address(tensor: Tensor | None) -> int:

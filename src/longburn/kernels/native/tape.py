@@ -12,6 +12,7 @@ function on other inputs before relying on it.
 """
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longburn.kernels import native
 
 _FAR = 2**62
-_recording = False
+_one_at_a_time = threading.Lock()
 
 
 class Unrecordable(RuntimeError):  # noqa: N818 (it says what the function is)
@@ -31,8 +32,8 @@ class Unrecordable(RuntimeError):  # noqa: N818 (it says what the function is)
 
 
 def is_recording() -> bool:
-    """Whether a tape is being recorded: values of inputs must not be looked at now."""
-    return _recording
+    """Whether this thread records a tape: values of inputs must not be looked at now."""
+    return native.is_listening()
 
 
 class Tape:
@@ -55,6 +56,10 @@ class Tape:
         calls = [word for call in self._launches for word in _call(call)]
         self._calls = (ctypes.c_int64 * len(calls))(*calls)
 
+    def __len__(self) -> int:
+        """Launches."""
+        return len(self._launches)
+
     def run(self) -> Tensor:
         """Make the launches again; `result` then holds what the function would return now."""
         native.launch("replay", ctypes.addressof(self._calls), len(self._launches))
@@ -68,14 +73,12 @@ def _call(launch: native.Launch) -> tuple[int, int]:
 
 @contextmanager
 def _listening(listener: Callable[[native.Launch], None]) -> Iterator[None]:
-    global _recording
-    native.listen(listener)
-    _recording = True
-    try:
-        yield
-    finally:
-        native.listen(None)
-        _recording = False
+    with _one_at_a_time:
+        native.listen(listener)
+        try:
+            yield
+        finally:
+            native.listen(None)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
