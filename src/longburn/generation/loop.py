@@ -32,8 +32,8 @@ class GenerationConfig:
 
     Args:
         max_new_tokens: per row.
-        chunk_size: prompt tokens per forward call; changes memory and speed, never the result. (PyTorch's fused attention
-            on the CPU takes larger blocks from 768 queries on, which is worth 10 to 20 % of a long prompt's time.)
+        chunk_size: prompt tokens per forward call; changes memory and speed, never the result. (From 768 queries on
+            PyTorch's fused attention on the CPU takes larger blocks, worth 10 to 20 % of a long prompt's time.)
         stop_tokens: ids that end a row; the last event carries the id, but no text of it.
         stop_strings: texts that end a row, found byte-exactly across token borders; they need a tokenizer.
         logprobs: None for none, n >= 0 for the log-probability of every token and the n most likely ones.

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from longburn.cache import AttnWindow, WindowPolicy
+from longburn.kernels import native
 from longburn.models.decoder import Decoder
 from longburn.models.gpt_oss import GptOss, GptOssConfig, is_gpt_oss
 from longburn.models.llama import Llama, LlamaConfig, gguf_rules, hf_rules
@@ -57,6 +58,7 @@ def load_model(
     if path.suffix == ".safetensors":  # the weights that name a model: what else it needs lies beside them
         path = path.parent
     model, tokenizer = (_from_directory if path.is_dir() else _from_gguf)(path, dtype, device, window, progress)
+    native.unavailable()  # compiles, where this machine has not yet: no prompt should have to wait for it
     return LoadedModel(str(name), path, model.eval(), tokenizer)
 
 

@@ -75,7 +75,13 @@ class Plan:
 
 
 def plan_memory(
-    sizes: Sizes, context: int, batch: int = 1, *, itemsize: int = 2, experts: ExpertStorage = "mxfp4", chunk: int = 1024
+    sizes: Sizes,
+    context: int,
+    batch: int = 1,
+    *,
+    itemsize: int = 2,
+    experts: ExpertStorage = "mxfp4",
+    chunk: int = 1024,
 ) -> Plan:
     """The memory of a model that holds `context` positions of `batch` rows and reads prompts `chunk` tokens at a time.
 
