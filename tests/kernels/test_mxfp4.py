@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from compute import compute
 from torch import Tensor
 
 from longburn import ImplError, use_impl
@@ -48,12 +49,7 @@ def random_weight(*shape: int, seed: int = 0) -> Mxfp4:
 
 
 def as_dequantized(weight: Mxfp4, dtype: torch.dtype, impl: str) -> Tensor:
-    reason = kernels.DEQUANTIZE.impls[IMPLS.index(impl)].why_not(kernels.DequantizeCall(weight, dtype))
-    if reason is not None:
-        assert impl == "native", f"{impl} refuses: {reason}"
-        pytest.skip(f"native: {reason}")
-    with use_impl(impl):
-        return dequantize(weight, dtype)
+    return compute(kernels.DEQUANTIZE, impl, kernels.DequantizeCall(weight, dtype))
 
 
 @pytest.fixture(autouse=True, params=[impl.name for impl in kernels.QUANTIZE.impls])
