@@ -1,10 +1,15 @@
 """What every test shares."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+# Without a GPU, Triton's kernels are tested in its interpreter; Triton looks at this when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The speed of a shared machine must not decide a property; the printed blob reproduces a failure anywhere.
 settings.register_profile("longburn", deadline=None, print_blob=True)

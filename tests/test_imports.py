@@ -37,6 +37,8 @@ LOOKS_ASIDE: dict[str, frozenset[str]] = {
 }
 # Loaded where they are first used: optional, slow to import, or absent on some machines.
 NEVER_AT_MODULE_LEVEL = {"triton", "transformers", "matplotlib", "tiktoken", "openai_harmony"}
+# Triton's kernels are the exception: they are decorated when their module is loaded, so nobody else loads it at once.
+TRITON_KERNELS = "kernels/triton"
 # The command line must answer --help at once: nothing heavy until a command runs.
 LIGHT_AT_MODULE_LEVEL = {"typer", "rich", "click", "longburn.cli"} | set(sys.stdlib_module_names)
 
@@ -96,8 +98,11 @@ def violations(path: Path, tree: ast.Module) -> Iterator[str]:
     for found in imports(tree, dotted):
         where = f"{path.relative_to(SOURCE.parent.parent)}:{found.line}"
         root, _, rest = found.target.partition(".")
-        if found.at_module_level and root in NEVER_AT_MODULE_LEVEL:
+        kernel = path.parent == SOURCE / TRITON_KERNELS and path.name != "__init__.py"
+        if found.at_module_level and root in NEVER_AT_MODULE_LEVEL and not (root == "triton" and kernel):
             yield f"{where} imports {root} at module level"
+        if found.at_module_level and not kernel and loads_a_kernel(found.target):
+            yield f"{where} imports {found.target} at module level, and with it triton"
         if package == "cli" and found.at_module_level:
             light = root in LIGHT_AT_MODULE_LEVEL or found.target.startswith("longburn.cli.")
             if not light:
@@ -112,6 +117,12 @@ def violations(path: Path, tree: ast.Module) -> Iterator[str]:
             yield f"{where} imports {target or 'the root'} from the package's own door"
         elif target not in may_import(package):
             yield f"{where}: {package} must not import longburn.{target}"
+
+
+def loads_a_kernel(target: str) -> bool:
+    """Whether an import of this dotted name loads a module of Triton kernels."""
+    rest = target.removeprefix(f"longburn.{TRITON_KERNELS.replace('/', '.')}.")
+    return rest != target and (SOURCE / TRITON_KERNELS / f"{rest.partition('.')[0]}.py").is_file()
 
 
 MODULES = sorted(SOURCE.rglob("*.py"))
@@ -152,6 +163,8 @@ def test_modules_stay_small(path: Path) -> None:
         ("nn/norm.py", "from longburn import attend", "from the package's own door"),
         ("nn/norm.py", "try:\n    import triton.language as tl\nexcept ImportError:\n    pass", "imports triton"),
         ("models/llama.py", "class A:\n    from transformers import AutoModel", "imports transformers"),
+        ("kernels/linear.py", "from longburn.kernels.triton.law import sees", "and with it triton"),
+        ("kernels/triton/__init__.py", "import triton", "imports triton"),
         ("cli/main.py", "import torch", "inside the command"),
         ("cli/main.py", "from longburn.generation import generate", "inside the command"),
         ("__init__.py", "from longburn.models import llama", "reach by path"),
@@ -168,6 +181,8 @@ def test_the_check_sees(module: str, code: str, complaint: str) -> None:
     [
         ("attention/core.py", "from longburn.kernels.attend import run\nfrom ..rope import RotaryEncoding"),
         ("kernels/attend/triton.py", "def launch():\n    import triton"),
+        ("kernels/linear.py", "from longburn.kernels.triton import unavailable"),
+        ("kernels/triton/decode.py", "import triton\nfrom longburn.kernels.triton.law import sees"),
         ("generation/loop.py", "from longburn.sampling import sample\nfrom longburn.text import Tokenizer"),
         ("cli/main.py", "import json\nimport typer\nfrom longburn.cli.options import X\ndef f():\n    import torch"),
         ("models/llama.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers"),

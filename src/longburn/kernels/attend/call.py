@@ -62,6 +62,10 @@ class AttendCall:
     q_sink: Tensor | None = None  # [B, H, T, D] second query, used for keys at positions below sink_tokens
     known: tuple[Known, ...] | None = None  # one for all rows, or one a row
     ascending: bool = False  # no slot holds a position below its own index, so those beyond the newest query are unseen
+    # Keys and values [B, K, S0, D] of the first S0 slots, which lie elsewhere, in the type of q. Positions and biases
+    # then have S0 + S columns. `ascending` speaks of the slots in k.
+    before: tuple[Tensor, Tensor] | None = None
+    scales: tuple[Tensor, Tensor] | None = None  # fp32 [B, K, S] of k and v in fp8: a value is the number times these
     wants_lse: bool = False
 
     @property
@@ -119,6 +123,21 @@ def bias_matrix(call: AttendCall) -> Tensor | None:
     for part in parts:
         total = part if total is None else total + part
     return total
+
+
+def joined(call: AttendCall) -> AttendCall:
+    """The same call with all its keys and values in one piece each, in the type of q."""
+    if call.before is None and call.scales is None:
+        return call
+    k, v = call.k, call.v
+    if call.scales is not None:
+        k, v = (
+            (x.to(scale.dtype) * scale.unsqueeze(-1)).to(call.q.dtype)
+            for x, scale in zip((k, v), call.scales, strict=True)
+        )
+    if call.before is not None:
+        k, v = (torch.cat(parts, 2) for parts in zip(call.before, (k, v), strict=True))
+    return replace(call, k=k, v=v, before=None, scales=None, ascending=call.ascending and call.before is None)
 
 
 def query_block(call: AttendCall, start: int, stop: int) -> AttendCall:
