@@ -1,4 +1,4 @@
-"""Writing keys and values into the slots that their positions name."""
+"""Writing keys and values into the slots that their positions name, and the rotation before it."""
 
 from typing import NamedTuple
 
@@ -7,6 +7,10 @@ from torch import Tensor
 
 from longburn.kernels import native
 from longburn.kernels.registry import Impl, Operation
+from longburn.kernels.rotate import rotate
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
 
 
 class AppendCall(NamedTuple):
@@ -14,6 +18,11 @@ class AppendCall(NamedTuple):
 
     Position -1 is written nowhere. Where a call holds more than `ring` positions, the last ones stay. Every slot must
     be there: the buffers have one more than can be named, which takes the writes that go nowhere.
+
+    With `angles`, keys are rotated on their way into the cache, and `q` is rotated and handed back; with `sink_angles`
+    it is rotated by those as well. With `scales` the caches are fp8: what is written is divided by its largest
+    magnitude over 448, one for every token and head, and `scales` keep the divisors. With `before` the first
+    `sink_tokens` slots lie there, in the type of k; the caches and scales begin with the slot after them.
     """
 
     k: Tensor  # [B, K, T, D]
@@ -24,10 +33,43 @@ class AppendCall(NamedTuple):
     held: Tensor  # [B|1, slots + 1] int64, the position in every slot
     sink_tokens: int
     ring: int | None  # None: the slot is the position
+    q: Tensor | None = None  # [B, H, T, D]
+    angles: tuple[Tensor, Tensor] | None = None  # cos and sin [B|1, 1, T, R], as in `rotate`
+    sink_angles: tuple[Tensor, Tensor] | None = None
+    interleaved: bool = False
+    scales: tuple[Tensor, Tensor] | None = None  # of k and v, fp32 [B, K, slots + 1]
+    before: tuple[Tensor, Tensor] | None = None  # k and v [B, K, sink_tokens + 1, D]
 
 
-def _reference(call: AppendCall) -> None:
+class Rotated(NamedTuple):
+    """What `append` hands back: q `[B, H, T, D]` after its rotation, and by the second angles; None if not given."""
+
+    q: Tensor | None
+    q_sink: Tensor | None
+
+
+def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x `[..., D]` as fp8 (e4m3) and the fp32 scale `[...]` by which it is multiplied to get x back."""
+    wide = x.float()
+    scale = wide.abs().amax(-1) / FP8_MAX
+    divisor = torch.where(scale > 0, scale, 1.0)
+    return (wide / divisor.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+def rotated(call: AppendCall) -> tuple[Tensor, Rotated]:
+    """k, and what is handed back, after the rotations that the call wants."""
+    k, q, q_sink = call.k, call.q, None
+    if q is not None and call.sink_angles is not None:
+        q_sink = rotate(q, *call.sink_angles, interleaved=call.interleaved)
+    if call.angles is not None:
+        k = rotate(k, *call.angles, interleaved=call.interleaved)
+        q = None if q is None else rotate(q, *call.angles, interleaved=call.interleaved)
+    return k, Rotated(q, q_sink)
+
+
+def _reference(call: AppendCall) -> Rotated:
     held, sinks, ring = call.held, call.sink_tokens, call.ring
+    k, result = rotated(call)
     nowhere = held.shape[1] - 1
     pos = call.positions.expand(held.shape[0], -1)
     kept, slot = pos >= 0, pos
@@ -36,18 +78,33 @@ def _reference(call: AppendCall) -> None:
         if ring < pos.shape[1]:
             kept = kept & ((pos < sinks) | (pos > pos.amax(1, keepdim=True) - ring))
     slot = torch.where(kept, slot, nowhere)
-    if held.shape[0] == 1:
-        call.k_cache.index_copy_(2, slot[0], call.k)
-        call.v_cache.index_copy_(2, slot[0], call.v)
-    else:
-        index = slot[:, None, :, None].expand(call.k.shape)
-        call.k_cache.scatter_(2, index, call.k)
-        call.v_cache.scatter_(2, index, call.v)
     held.scatter_(1, slot, torch.where(kept, pos, -1))
+    if call.before is not None:
+        for cache, x in zip(call.before, (k, call.v), strict=True):
+            _put(cache, slot.clamp(max=sinks), x)
+        slot = torch.where(slot < sinks, nowhere, slot) - sinks
+    for i, (cache, x) in enumerate(((call.k_cache, k), (call.v_cache, call.v))):
+        if call.scales is not None:
+            x, scale = quantised(x)
+            _put(call.scales[i], slot, scale)
+        _put(cache, slot, x)
+    return result
 
 
-def _native(call: AppendCall) -> None:
-    k, v, positions, k_cache, v_cache, held, sink_tokens, ring = call
+def _put(cache: Tensor, slot: Tensor, x: Tensor) -> None:
+    """x `[B, K, T, ...]` into the slots `[B|1, T]` of a cache `[B, K, slots, ...]`."""
+    if cache.dtype == FP8:  # PyTorch copies numbers of this type, but not to indices
+        cache, x = cache.view(torch.uint8), x.view(torch.uint8)
+    if slot.shape[0] == 1:
+        cache.index_copy_(2, slot[0], x)
+    else:
+        index = slot.view(slot.shape[0], 1, -1, *(1,) * (x.ndim - 3))
+        cache.scatter_(2, index.expand(x.shape), x)
+
+
+def _native(call: AppendCall) -> Rotated:
+    k, result = rotated(call)
+    v, positions, k_cache, v_cache, held = call.v, call.positions, call.k_cache, call.v_cache, call.held
     B, K, T, D = k.shape
     size = k.itemsize
     native.launch(
@@ -55,23 +112,26 @@ def _native(call: AppendCall) -> None:
         *map(native.address, (k, v, positions, k_cache, v_cache, held)),
         *(B, K, T, D * size),
         *(stride * size for stride in (*k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:2])),
-        *(native.row_stride(positions), native.row_stride(held), sink_tokens, ring or 0),
+        *(native.row_stride(positions), native.row_stride(held), call.sink_tokens, call.ring or 0),
     )
+    return result
 
 
 def _native_why_not(call: AppendCall) -> str | None:
     if not call.k.is_cpu:
         return f"runs on the CPU, got {call.k.device.type}"
+    if call.scales is not None or call.before is not None:
+        return "writes caches of one piece in the type of k"
     if call.k.stride(3) != 1 or call.v.stride(3) != 1 or call.positions.stride(1) != 1:
         return "keys, values or positions have gaps"
     return native.unavailable()
 
 
-OPERATION: Operation[AppendCall, None] = Operation(
+OPERATION: Operation[AppendCall, Rotated] = Operation(
     "append", (Impl("native", _native, _native_why_not), Impl("reference", _reference, lambda call: None))
 )
 
 
-def append(call: AppendCall) -> None:
-    """Write k, v and their positions into the caches of the call."""
-    OPERATION(call)
+def append(call: AppendCall) -> Rotated:
+    """Write k, v and their positions into the caches of the call; what is wanted of q comes back rotated."""
+    return OPERATION(call)
