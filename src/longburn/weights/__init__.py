@@ -16,7 +16,14 @@ from longburn.weights.rules import (
     Tied,
     Transposed,
 )
-from longburn.weights.sources import CheckpointError, Progress, SafetensorsSource, TensorInfo, TensorSource
+from longburn.weights.sources import (
+    CheckpointError,
+    PlacingSource,
+    Progress,
+    SafetensorsSource,
+    TensorInfo,
+    TensorSource,
+)
 from longburn.weights.store import ModelEntry, StoreError, available, fetch, locate
 from longburn.weights.views import in_dtype, in_our_names, in_their_names
 from longburn.weights.writer import write_file, write_shards
@@ -32,6 +39,7 @@ __all__ = [
     "ModelEntry",
     "PackedNames",
     "Part",
+    "PlacingSource",
     "Progress",
     "Rename",
     "Rule",

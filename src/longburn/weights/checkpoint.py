@@ -17,8 +17,15 @@ from torch import Tensor, nn
 
 from longburn.weights.gguf import GgufFile
 from longburn.weights.match import match, match_to_save
-from longburn.weights.rules import Link, Range, Rule
-from longburn.weights.sources import CheckpointError, Progress, SafetensorsSource, TensorInfo, TensorSource
+from longburn.weights.rules import AsIs, Link, Range, Rule
+from longburn.weights.sources import (
+    CheckpointError,
+    PlacingSource,
+    Progress,
+    SafetensorsSource,
+    TensorInfo,
+    TensorSource,
+)
 
 
 class CheckpointMismatch(CheckpointError):  # noqa: N818 (it names what is found, like KeyError's family)
@@ -68,9 +75,10 @@ def load_checkpoint(
 ) -> None:
     """Fills `model`, which is best built under `torch.device("meta")`, from a checkpoint.
 
-    One tensor is read at a time and copied to its place, so beyond what is placed the host holds at most the largest
-    tensor of the checkpoint. A parameter that the model has under several names stays shared: the checkpoint may hold
-    it under one of them, or under more with equal values.
+    One tensor is read at a time, and one that stays as it is goes straight to its place. So beyond what is placed the
+    host holds at most the largest tensor of the checkpoint; of those that stay as they are and go to a GPU, 256 MiB. A
+    parameter that the model has under several names stays shared: the checkpoint may hold it under one of them, or
+    under more with equal values.
 
     Args:
         source: a path for `open_source`, or an open source.
@@ -104,7 +112,7 @@ def load_checkpoint(
             if link.ours not in placed:
                 placed[link.ours] = _empty_like(ours[link.ours], dtype, device)
         targets = [_cut(placed[link.ours], link.our_range) for link in group]
-        _copy(source.read(name), group, targets)  # so called that the tensor is freed before the next one is read
+        _place(source, name, group, targets)
         done += sum(target.numel() for target in targets)
         if check_finite and (count := sum(_count_nonfinite(target) for target in targets)):
             bad.append(f"{name} has {count} values that are not finite in {targets[0].dtype}")
@@ -190,9 +198,20 @@ def _misfit(link: Link, theirs: TensorInfo, ours: Tensor) -> str | None:
     return f"{ends[0]} for {ends[1]} {list(ours.shape)}: {problem}"
 
 
-def _copy(tensor: Tensor, links: Sequence[Link], targets: Sequence[Tensor]) -> None:
+def _place(source: TensorSource, name: str, links: Sequence[Link], targets: Sequence[Tensor]) -> None:
+    """Read a tensor of the checkpoint to where it belongs: at once if it stays as it is, else by way of a copy."""
+    if isinstance(source, PlacingSource) and len(links) == 1 and _stays(links[0], source.tensors[name], targets[0]):
+        source.read_into(name, targets[0])
+        return
+    tensor = source.read(name)
     for link, target in zip(links, targets, strict=True):
         target.copy_(link.layout.to_ours(_cut(tensor, link.their_range)))
+
+
+def _stays(link: Link, theirs: TensorInfo, target: Tensor) -> bool:
+    """Whether the whole tensor of theirs becomes this one byte for byte."""
+    whole = link.their_range is None and link.layout == AsIs()
+    return whole and theirs.dtype == target.dtype and target.is_contiguous()
 
 
 def _cut(tensor: Tensor, part: Range | None) -> Tensor:

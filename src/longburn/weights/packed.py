@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longburn.kernels.mxfp4 import BLOCK, Mxfp4, dequantize, quantize
-from longburn.weights.sources import TensorInfo, TensorSource
+from longburn.weights.sources import PlacingSource, TensorInfo, TensorSource
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,13 @@ class DerivedSource:
     def read(self, name: str) -> Tensor:
         """The tensor `name`, on the CPU."""
         return self._derived[name].make(self._source) if name in self._derived else self._source.read(name)
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Fill `target`, contiguous and of the tensor's shape and dtype."""
+        if name not in self._derived and isinstance(self._source, PlacingSource):
+            self._source.read_into(name, target)
+        else:
+            target.copy_(self.read(name))
 
 
 def _is_mislabelled(info: TensorInfo) -> bool:

@@ -11,12 +11,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from longburn.weights.placing import fill
 
 Progress = Callable[[int, int], None]
 """Called with (done, in all) as work goes on; the unit is the caller's."""
@@ -44,6 +45,14 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> Tensor:
         """The tensor `name` on the CPU, of the shape and dtype its `TensorInfo` says."""
+
+
+@runtime_checkable
+class PlacingSource(TensorSource, Protocol):
+    """A source that can read a tensor to where it belongs, without a second copy on the host."""
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Fill `target`, contiguous, on any device, and of the shape and dtype that the `TensorInfo` says."""
 
 
 SAFETENSORS_DTYPES = {
@@ -103,20 +112,34 @@ class SafetensorsSource:
         return self._tensors
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`, on the CPU: a copy that the caller owns.
+        """The tensor `name`, on the CPU: a copy that the caller owns."""
+        info, _ = self._find(name)
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        self.read_into(name, tensor)
+        return tensor
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Fill `target`, contiguous and of the tensor's shape and dtype, on any device.
 
         The file is not mapped, because pages of a mapped file stay in the process's memory as long as the mapping.
         """
-        if name not in self._tensors:
-            raise CheckpointError(f"no tensor {name!r} in this checkpoint")
-        info, extent = self._tensors[name], self._extents[name]
+        info, extent = self._find(name)
+        if (tuple(target.shape), target.dtype) != (info.shape, info.dtype) or not target.is_contiguous():
+            raise ValueError(
+                f"SafetensorsSource.read_into: {name} is {info.dtype} {list(info.shape)}, wanted a contiguous target "
+                f"of the same, got {target.dtype} {list(target.shape)} with strides {target.stride()}"
+            )
         try:
-            data = np.fromfile(extent.file, np.uint8, extent.size, offset=extent.start)
+            came = fill(target, extent.file, extent.start)
         except OSError as error:
             raise CheckpointError(f"{extent.file}: cannot read {name}: {error}") from error
-        if len(data) != extent.size:
-            raise CheckpointError(f"{extent.file}: cannot read {name}: {len(data)} bytes are left of {extent.size}")
-        return torch.from_numpy(data).view(info.dtype).view(info.shape)
+        if came != extent.size:
+            raise CheckpointError(f"{extent.file}: cannot read {name}: {came} bytes are left of {extent.size}")
+
+    def _find(self, name: str) -> tuple[TensorInfo, _Extent]:
+        if name not in self._tensors:
+            raise CheckpointError(f"no tensor {name!r} in this checkpoint")
+        return self._tensors[name], self._extents[name]
 
     def _add(self, shard: Path, promised: frozenset[str]) -> None:
         header, first_byte, size = _read_header(shard)
