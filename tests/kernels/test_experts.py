@@ -277,3 +277,16 @@ def test_native_says_why_not() -> None:
         given.x.requires_grad_(reason == "has no gradients")
         with use_impl("native"), pytest.raises(ImplError, match=reason):
             given()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_residual_is_added(impl: str, packed: bool) -> None:
+    given = case(3, 64, 32, 4, 2, packed=packed)
+    residual = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    compute(given, impl)  # skips where this implementation cannot run
+    with use_impl(impl):
+        got = experts(**vars(given), alpha=ALPHA, limit=LIMIT, residual=residual)
+    assert_close(got, oracle(given) + residual.double())
+    with pytest.raises(ValueError, match=r"experts: residual is \[3, 1\], wanted \[3, 64\]"):
+        experts(**vars(given), alpha=ALPHA, limit=LIMIT, residual=residual[:, :1])

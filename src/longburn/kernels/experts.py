@@ -33,6 +33,7 @@ class ExpertsCall(NamedTuple):
     down_bias: Tensor
     alpha: float
     limit: float
+    residual: Tensor | None = None
 
 
 def _reference(call: ExpertsCall) -> Tensor:
@@ -41,7 +42,7 @@ def _reference(call: ExpertsCall) -> Tensor:
     for expert, tokens, places in _by_expert(call.chosen, call.gate_up_bias.shape[0]):
         out = _one_expert(call, expert, call.x[tokens])
         y = y.index_add(0, tokens, out.to(sums) * call.weights[tokens, places, None].to(sums))
-    return y.to(call.x.dtype)
+    return (y if call.residual is None else y + call.residual.to(sums)).to(call.x.dtype)
 
 
 def _by_expert(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -82,7 +83,7 @@ def _native(call: ExpertsCall) -> Tensor:
     )
     if ctypes.c_int64.from_address(failed.data_ptr()).value:  # a read that costs no operator
         raise _no_such_expert(chosen, count)
-    return y
+    return y if call.residual is None else (y + call.residual).to(y.dtype)
 
 
 def _matrix(weight: Tensor | Mxfp4, bias: Tensor, out: int, size: int) -> tuple[int, ...]:
@@ -133,8 +134,9 @@ def experts(
     *,
     alpha: float,
     limit: float,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`sum over the chosen e of w_e (down_e a + bias)`, `[N, M]`, where `a = g sigmoid(alpha g) (u + 1)`.
+    """`sum over the chosen e of w_e (down_e a + bias) + residual`, `[N, M]`, where `a = g sigmoid(alpha g) (u + 1)`.
 
     g and u are the even and the odd rows of `gate_up_e x + bias`; g is clamped to at most `limit`, u to within
     `-limit .. limit`. Products are formed in the type of x with fp32 sums; the rest is fp32 (fp64 for fp64). Only
@@ -148,11 +150,13 @@ def experts(
         gate_up_bias: `[E, 2 I]`.
         down: `[E, M, I]`, dense or MXFP4.
         down_bias: `[E, M]`.
+        residual: `[N, M]`, added to the sum before it is rounded to the type of x (on the CPU, after); default none.
 
     Raises:
-        ValueError: shapes that do not belong together, or an expert that does not exist.
+        ValueError: shapes that do not belong together, or an expert that does not exist. On CUDA, where the host does
+            not read `chosen`, a number beyond the experts there are counts as the nearest one.
     """
-    call = ExpertsCall(x, chosen, weights, gate_up, gate_up_bias, down, down_bias, alpha, limit)
+    call = ExpertsCall(x, chosen, weights, gate_up, gate_up_bias, down, down_bias, alpha, limit, residual)
     _check(call)
     return OPERATION(call)
 
@@ -173,6 +177,8 @@ def _check(call: ExpertsCall) -> None:
         "down": (e, m, both // 2),
         "down_bias": (e, m),
     }
+    if call.residual is not None:
+        wanted["residual"] = (n, m)
     for name, shape in wanted.items():
         tensor = getattr(call, name)
         found = tuple(tensor.logical_shape if isinstance(tensor, Mxfp4) else tensor.shape)

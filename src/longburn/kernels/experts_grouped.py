@@ -59,7 +59,8 @@ def experts_grouped(call: ExpertsCall) -> Tensor:
     weights = call.weights.to(wide)
     # The biases of a token's experts, weighted: one small product instead of a row for each choice.
     share = torch.zeros(N, count, dtype=wide, device=out.device).scatter_add(1, call.chosen, weights)
-    return ((out * weights[..., None]).sum(1) + share @ call.down_bias.to(wide)).to(call.x.dtype)
+    y = (out * weights[..., None]).sum(1) + share @ call.down_bias.to(wide)
+    return (y if call.residual is None else y + call.residual.to(wide)).to(call.x.dtype)
 
 
 class _Permute(torch.autograd.Function):

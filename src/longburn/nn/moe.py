@@ -87,8 +87,11 @@ class Experts(nn.Module):
                 nn.init.uniform_(weight, -bound, bound)
             nn.init.zeros_(bias)
 
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """The sum of each token's chosen experts: x `[N, M]`, chosen int64 `[N, k]`, weights `[N, k]`, to `[N, M]`."""
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The sum of each token's chosen experts: x `[N, M]`, chosen int64 `[N, k]`, weights `[N, k]`, to `[N, M]`.
+
+        residual: `[N, M]`, added to it.
+        """
         gate_up, down = self.gate_up, self.down
         return experts(
             x,
@@ -100,6 +103,7 @@ class Experts(nn.Module):
             self.down_bias,
             alpha=self.alpha,
             limit=self.limit,
+            residual=residual,
         )
 
 
@@ -140,8 +144,9 @@ class MoE(nn.Module):
         """For x `[N, M]` the experts of each token, int64 `[N, k]`, and their weights `[N, k]`, which sum to 1."""
         return route(linear(x, self.router.weight, self.router.bias), self.top_k)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., M]` to `[..., M]`."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`[..., M]` to `[..., M]`. residual: of x's shape, added to the result before it is rounded; see `experts`."""
         rows = x.reshape(-1, x.shape[-1])
         chosen, weights = self.route(rows)
-        return self.experts.forward(rows, chosen, weights).view_as(x)
+        along = None if residual is None else residual.reshape(rows.shape)
+        return self.experts.forward(rows, chosen, weights, along).view_as(x)
