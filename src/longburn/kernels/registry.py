@@ -7,7 +7,7 @@ raises with the reason and never falls back to another.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 Call = TypeVar("Call")
 Result = TypeVar("Result")
@@ -15,6 +15,7 @@ Result = TypeVar("Result")
 AUTO = "auto"
 _chosen = AUTO  # of the whole process: a plain global, because the compiler can trace (and guard on) nothing subtler
 _offered: dict[str, list[str]] = {}  # implementation name -> operations that have it
+_asked: str | None = None  # the operation that `explain` waits for
 
 
 class ImplError(ValueError):
@@ -28,6 +29,24 @@ class Impl(Generic[Call, Result]):
     name: str
     run: Callable[[Call], Result]
     why_not: Callable[[Call], str | None]
+
+
+class Explanation(NamedTuple):
+    """What each implementation of an operation says to one call, in the order in which `auto` tries them.
+
+    `reasons` has None for those that can compute it; `taken` is the one that would, None if none may.
+    """
+
+    operation: str
+    reasons: dict[str, str | None]
+    taken: str | None
+
+
+class _Answer(BaseException):
+    """Carries the explanation out of the computation that was asked about; no `except Exception` holds it up."""
+
+    def __init__(self, explanation: Explanation) -> None:
+        self.explanation = explanation
 
 
 class Operation(Generic[Call, Result]):
@@ -44,6 +63,8 @@ class Operation(Generic[Call, Result]):
         Raises:
             ImplError: the named one refuses, or all do; the message holds every reason.
         """
+        if _asked is not None and _asked == self.name:
+            raise _Answer(self.explain(call))
         name = _chosen
         if name == AUTO:  # every layer of every step comes through here
             for impl in self.impls:
@@ -60,6 +81,38 @@ class Operation(Generic[Call, Result]):
             reasons.append(f"{impl.name}: {reason}")
         what = f"implementation {name!r}" if named else "no implementation"
         raise ImplError(f"{self.name}: {what} {'cannot' if named else 'can'} compute this call ({'; '.join(reasons)})")
+
+    def explain(self, call: Call) -> Explanation:
+        """What each implementation says to the call; nothing is computed."""
+        reasons = {impl.name: impl.why_not(call) for impl in self.impls}
+        may = [_chosen] if self.name in _offered.get(_chosen, ()) else list(reasons)
+        return Explanation(self.name, reasons, next((name for name in may if reasons[name] is None), None))
+
+
+def explain(operation: str, compute: Callable[[], object]) -> Explanation:
+    """Which implementation takes the first call of `operation` that `compute` makes, and why the others cannot.
+
+    That call is not computed, and nothing after it; what comes before it is.
+
+    >>> explain("attend", lambda: attend(q, k, v)).taken
+    'reference'
+
+    Raises:
+        ImplError: `compute` ended without such a call.
+    """
+    global _asked
+    before, _asked = _asked, operation
+    try:
+        compute()
+    except _Answer as answer:
+        return answer.explanation
+    finally:
+        _asked = before
+    raise ImplError(f"explain: no operation {operation!r} was called; there are {', '.join(sorted(_operations()))}")
+
+
+def _operations() -> set[str]:
+    return {name for names in _offered.values() for name in names}
 
 
 def chosen() -> str:

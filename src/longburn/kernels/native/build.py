@@ -32,17 +32,22 @@ def library() -> "ctypes.CDLL | str":
         return "LONGBURN_NATIVE=0 turns it off"
     if sys.platform != "linux":
         return f"is built on Linux only, not on {sys.platform}"
-    compiler = shutil.which(os.environ.get("CC") or "cc")
-    if compiler is None:
+    found = compiler()
+    if found is None:
         return "needs a C compiler (cc, or the one that CC names)"
     runtime = _openmp_runtime()
     if runtime is None:
         return "finds no OpenMP runtime in this PyTorch, whose threads it must share"
     try:
-        return ctypes.CDLL(str(_built(compiler, runtime)))
+        return ctypes.CDLL(str(_built(found, runtime)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        return f"could not be compiled by {compiler}: {' '.join(detail.split())[:300]}"
+        return f"could not be compiled by {found}: {' '.join(detail.split())[:300]}"
+
+
+def compiler() -> str | None:
+    """The path of the machine's C compiler."""
+    return shutil.which(os.environ.get("CC") or "cc")
 
 
 def _built(compiler: str, runtime: Path) -> Path:
