@@ -171,7 +171,7 @@ def test_prescaling_changes_what_the_cache_holds_and_nothing_else() -> None:
     caches = [CacheManager.for_layers([layer], 1) for layer in (plain, scaled)]
     for layer, cache in zip((plain, scaled), caches, strict=True):
         forward(layer, x, cache)
-    ratio = caches[1][0]._k[:, :, :6] / caches[0][0]._k[:, :, :6]
+    ratio = caches[1][0].memory[0][:, :, :6] / caches[0][0].memory[0][:, :, :6]
     torch.testing.assert_close(ratio, torch.full_like(ratio, (1 / math.sqrt(4)) ** 0.5))
 
 

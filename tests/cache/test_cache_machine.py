@@ -12,9 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from longburn import AttnWindow, CacheManager
-from longburn.cache import KeyValues, Step, rolling
+from longburn.cache import KeyValues, Step, buffers
 from longburn.cache.rolling import PAGE
-from longburn.kernels.append import AppendCall
+from longburn.kernels.append import AppendCall, Rotated
 
 KV_HEADS, HEAD_DIM = 2, 3
 NAN = float("nan")
@@ -230,8 +230,10 @@ class Caches(RuleBasedStateMachine):
 
 def _row(held: KeyValues, b: int) -> tuple[list[int], Tensor, Tensor]:
     pos = held.pos[b if held.pos.shape[0] > 1 else 0].tolist()
-    assert held.k.shape[2] == held.v.shape[2] == len(pos)
-    return pos, held.k[b], held.v[b]
+    before = held.before or (held.k[:, :, :0], held.v[:, :, :0])
+    k, v = (torch.cat(parts, 2)[b] for parts in zip(before, (held.k, held.v), strict=True))
+    assert k.shape[1] == v.shape[1] == len(pos)
+    return pos, k, v
 
 
 Caches.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
@@ -240,12 +242,12 @@ TestCaches = Caches.TestCase
 
 def test_the_model_would_notice_a_lost_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine above is no oracle of itself: a cache whose slots are one off makes it fail."""
-    right = rolling.append
+    right = buffers.append
 
-    def one_off(call: AppendCall) -> None:
-        right(call if call.ring is None else call._replace(positions=call.positions + (call.positions >= 0)))
+    def one_off(call: AppendCall) -> Rotated:
+        return right(call if call.ring is None else call._replace(positions=call.positions + (call.positions >= 0)))
 
-    monkeypatch.setattr(rolling, "append", one_off)
+    monkeypatch.setattr(buffers, "append", one_off)
     machine = Caches()
     machine.build(batch=2, size=5, sinks=1, slack=4, max_length=None)
     with pytest.raises(AssertionError, match="row 0, query at 0"):

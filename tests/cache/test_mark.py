@@ -55,10 +55,10 @@ def test_the_buffers_stay_where_they_are(layers) -> None:
     cache = CacheManager.for_layers(layers, 1)
     stream(layers, cache, inputs(1, 9))
     mark = CacheMark(cache)
-    places = [tensor.data_ptr() for layer in cache for tensor in (layer._k, layer._v, layer._pos)]
+    places = [tensor.data_ptr() for layer in cache for tensor in layer.memory]
     stream(layers, cache, inputs(2, 30))
     mark.restore()
-    assert places == [tensor.data_ptr() for layer in cache for tensor in (layer._k, layer._v, layer._pos)]
+    assert places == [tensor.data_ptr() for layer in cache for tensor in layer.memory]
 
 
 def test_only_rings_are_copied(layers) -> None:

@@ -76,11 +76,12 @@ def test_a_chunk_within_the_slack_is_written_in_place() -> None:
     cache = cache_of(window, capacity=6 + 3)
     fill(cache, 20)
     held = fill(cache, 24, start=20)  # slack + 1 tokens
-    assert held.k.untyped_storage().data_ptr() == cache._k.untyped_storage().data_ptr()
+    assert held.k.untyped_storage().data_ptr() == cache.memory[0].untyped_storage().data_ptr()
     assert sorted(held.pos[0].tolist()) == [0, 1, 17, 18, 19, 20, 21, 22, 23]
     held = fill(cache, 29, start=24)  # one more: old and new, before anything is overwritten
     assert held.pos.tolist() == [[0, 1, 21, 22, 23, 24, 25, 26, 27, 28]]
-    assert held.k[0, 0, :, 0].tolist() == held.pos[0].tolist()
+    assert held.before is not None  # the chunk itself is not copied
+    assert torch.cat([held.before[0], held.k], 2)[0, 0, :, 0].tolist() == held.pos[0].tolist()
 
 
 def test_positions_without_a_token_are_written_nowhere() -> None:
@@ -265,7 +266,7 @@ def test_a_hundred_thousand_tokens_leave_the_memory_as_it_was(chunk: int) -> Non
     cache = RollingKVCache(1, 1, 2, window=window, capacity=70)
     wanted = closed_formula(1, 1, 2, 70, 4, 1)
     assert cache.nbytes == wanted
-    address = cache._k.data_ptr()
+    address = cache.memory[0].data_ptr()
     for start in range(0, 100_000, chunk):
         stop = min(start + chunk, 100_000)
         fill(cache, stop, start=start)
@@ -273,5 +274,5 @@ def test_a_hundred_thousand_tokens_leave_the_memory_as_it_was(chunk: int) -> Non
     for start in range(100_000, 100_200):
         fill(cache, start + 1, start=start)
     assert cache.nbytes == wanted
-    assert cache._k.data_ptr() == address
+    assert cache.memory[0].data_ptr() == address
     assert sorted(cache.positions[0].tolist()) == [*range(4), *range(100_200 - 66, 100_200)]

@@ -181,7 +181,7 @@ def test_other_types(write: Made, dtype: torch.dtype) -> None:
     directory, theirs = write()
     model = load_model(directory, dtype=dtype).model
     cache = model.init_cache(2)
-    assert cache[0]._k.dtype == dtype
+    assert cache[0].memory[0].dtype == dtype
     with torch.no_grad():
         exact = theirs.double()(ids()).logits
         got = model.forward_logits(ids(), cache, all_positions=True)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from longburn.attention.core import attend
 from longburn.bias import BiasPolicy, DenseBias
-from longburn.cache import AttnWindow, RollingKVCache, Step
+from longburn.cache import AttnWindow, KeyValues, RollingKVCache, Rotation, Step
 from longburn.kernels.attend import Known
 from longburn.kernels.linear import linear
 from longburn.rope import Angles, Rope3dEncoding, RotaryEncoding
@@ -113,29 +113,28 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         step = self._step(positions, T, cache, x.device)
         qk, v = self._project(x)
-        q_sink = None
-        if self.rope is not None:
-            if self._distance_is_clamped(step):
-                q_sink = self.rope.rotate(qk[:, : self.heads], self._sink_angles(step, x.dtype))
-            qk = self.rope.rotate(qk, self._angles(step, x.dtype))
         q, k = qk[:, : self.heads], qk[:, self.heads :]
         if cache is None:
-            k_pos, known, ascending = step.positions, _of_self(step), False
+            k, turned = self._rotation(q, step, x.dtype).apply(k)
+            held = KeyValues(k, v, step.positions, _of_self(step), False, None, None, *turned)
         else:
-            k, v, k_pos, known, ascending = cache.update(k, v, step)
+            held = cache.update(k, v, step, rotation=self._rotation(q, step, x.dtype))
+        assert held.q is not None
         out = attend(
-            q,
-            k,
-            v,
+            held.q,
+            held.k,
+            held.v,
             q_pos=step.positions,
-            k_pos=k_pos,
+            k_pos=held.pos,
             window=self.window,
             bias=DenseBias(bias) if isinstance(bias, Tensor) else bias,
             sinks=self.sinks,
             scale=1.0 if self.prescale else self.scale,
-            q_sink=q_sink,
-            known=known,
-            ascending=ascending,
+            q_sink=held.q_sink,
+            known=held.known,
+            ascending=held.ascending,
+            before=held.before,
+            scales=held.scales,
         )
         return linear(out.transpose(1, 2).reshape(B, T, -1), self.out.weight, self.out.bias)
 
@@ -163,6 +162,13 @@ class Attention(nn.Module):
         if step.length != T:
             raise ValueError(f"Attention: {T} tokens, but positions for {step.length}")
         return step
+
+    def _rotation(self, q: Tensor, step: Step, dtype: torch.dtype) -> Rotation:
+        """How these queries, and keys with them, are rotated."""
+        if self.rope is None:
+            return Rotation(q, None)
+        clamped = self._sink_angles(step, dtype) if self._distance_is_clamped(step) else None
+        return Rotation(q, self._angles(step, dtype), clamped, self.rope.interleaved)
 
     def _angles(self, step: Step, dtype: torch.dtype) -> Angles:
         rope = self.rope

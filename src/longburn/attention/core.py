@@ -1,6 +1,7 @@
 """`attend`: what attention means here, whichever kernel computes it."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from longburn.cache import AttnWindow
 from longburn.kernels import attend as kernels
 from longburn.kernels.attend import AttendCall, AttendResult, BiasTerms, Known
 from longburn.kernels.attend.call import add_sinks
+
+FP8 = torch.float8_e4m3fn
 
 
 def attend(
@@ -26,6 +29,8 @@ def attend(
     q_sink: Tensor | None = None,
     known: tuple[Known, ...] | None = None,
     ascending: bool = False,
+    before: tuple[Tensor, Tensor] | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Softmax attention of queries over keys that carry their positions, `[B, H, T, D]`.
 
@@ -44,7 +49,10 @@ def attend(
         scale: of the scores; default `1 / sqrt(D)`.
         q_sink: a second query `[B, H, T, D]` for the keys at positions below `window.sink_tokens` (relative sinks).
         known: what the host knows of the positions; given by caches, it only saves work.
-        ascending: no slot holds a position below its own index, as in a cache; it only saves work.
+        ascending: no slot of k holds a position below its own index, as in a cache; it only saves work.
+        before: keys and values `[B, K, S0, D]` of the first S0 slots, where these lie elsewhere. `k_pos` and the bias
+            then have S0 + S columns.
+        scales: fp32 `[B, K, S]` of k and of v, which are then `torch.float8_e4m3fn` and mean number times scale.
 
     Returns:
         `[B, H, T, D]` in the type of q.
@@ -53,7 +61,8 @@ def attend(
         ValueError: shapes that disagree.
         ImplError: the implementation named by `use_impl` cannot compute this call.
     """
-    return _run(_call(q, k, v, q_pos, k_pos, window, bias, sinks, scale, q_sink, known, ascending, wants_lse=False))[0]
+    call = _call(q, k, v, q_pos, k_pos, window, bias, sinks, scale, q_sink, known, ascending, before, scales)
+    return _run(call)[0]
 
 
 def attend_with_lse(
@@ -70,17 +79,20 @@ def attend_with_lse(
     q_sink: Tensor | None = None,
     known: tuple[Known, ...] | None = None,
     ascending: bool = False,
+    before: tuple[Tensor, Tensor] | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend`, and the log-sum-exp `[B, H, T]` of its scores (sinks included; `-inf` where nothing is seen).
 
     Results over disjoint sets of keys merge exactly: `merge([(out, lse), ...])`. Let sinks into one part only.
     """
-    return _run(_call(q, k, v, q_pos, k_pos, window, bias, sinks, scale, q_sink, known, ascending, wants_lse=True))
+    call = _call(q, k, v, q_pos, k_pos, window, bias, sinks, scale, q_sink, known, ascending, before, scales)
+    return _run(replace(call, wants_lse=True))
 
 
 def _run(call: AttendCall) -> AttendResult:
     """The result of the call. Without queries or keys there is nothing to compute: kernels need not know the case."""
-    if call.q.numel() and call.k.shape[2]:
+    if call.q.numel() and call.k_pos.shape[1]:
         return kernels.run(call)
     out = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
     wide = torch.promote_types(out.dtype, torch.float32)
@@ -101,12 +113,13 @@ def _call(
     q_sink: Tensor | None,
     known: tuple[Known, ...] | None,
     ascending: bool,
-    *,
-    wants_lse: bool,
+    before: tuple[Tensor, Tensor] | None,
+    scales: tuple[Tensor, Tensor] | None,
 ) -> AttendCall:
     window = window or AttnWindow()
-    _check(q, k, v, sinks, q_sink)
-    T, S = q.shape[2], k.shape[2]
+    _check(q, k, v, sinks, q_sink, packed=scales is not None)
+    _check_pieces(q, k, before, scales)
+    T, S = q.shape[2], k.shape[2] + (0 if before is None else before[0].shape[2])
     if q_pos is None and k_pos is None and known is None and S >= T:
         known = (Known(S - T, T, S, 0, 0, True),)
     if q_pos is None:
@@ -131,7 +144,8 @@ def _call(
         q_sink=q_sink,
         known=known,
         ascending=ascending,
-        wants_lse=wants_lse,
+        before=before,
+        scales=scales,
     )
 
 
@@ -148,7 +162,9 @@ def _terms(bias: BiasPolicy | Tensor | None, q: Tensor, q_pos: Tensor, k_pos: Te
     return BiasTerms(dense=bias)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, q_sink: Tensor | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, q_sink: Tensor | None, *, packed: bool = False
+) -> None:
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(
             f"attend: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: wanted [B, H, T, D] and [B, K, S, D]"
@@ -158,12 +174,33 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, q_sink: Tensor
             f"attend: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} disagree: wanted the same B and D, "
             "as many keys as values, and query heads a multiple of kv heads"
         )
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"attend: q is {q.dtype}, k {k.dtype}, v {v.dtype}: wanted one type")
+    if packed and not k.dtype == v.dtype == FP8:
+        raise ValueError(f"attend: k is {k.dtype}, v {v.dtype}: with scales they are {FP8}")
+    if not packed and not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attend: q is {q.dtype}, k {k.dtype}, v {v.dtype}: wanted one type (fp8 goes with scales)")
     if sinks is not None and sinks.shape != (q.shape[1],):
         raise ValueError(f"attend: sinks are {tuple(sinks.shape)}, wanted ({q.shape[1]},), one logit a query head")
     if q_sink is not None and q_sink.shape != q.shape:
         raise ValueError(f"attend: q_sink is {tuple(q_sink.shape)}, wanted the shape of q, {tuple(q.shape)}")
+
+
+def _check_pieces(
+    q: Tensor, k: Tensor, before: tuple[Tensor, Tensor] | None, scales: tuple[Tensor, Tensor] | None
+) -> None:
+    B, K, S, D = k.shape
+    for name, given in zip(("k", "v"), before or (), strict=False):
+        if given.dim() != 4 or (*given.shape[:2], given.shape[3]) != (B, K, D) or given.dtype != q.dtype:
+            raise ValueError(
+                f"attend: before holds {name} {tuple(given.shape)} of {given.dtype}, "
+                f"wanted [{B}, {K}, S0, {D}] of {q.dtype}"
+            )
+    if before is not None and before[0].shape != before[1].shape:
+        raise ValueError(f"attend: before holds k {tuple(before[0].shape)} and v {tuple(before[1].shape)}")
+    for name, scale in zip(("k", "v"), scales or (), strict=False):
+        if tuple(scale.shape) != (B, K, S) or scale.dtype != torch.float32:
+            raise ValueError(
+                f"attend: scales of {name} are {scale.dtype} {tuple(scale.shape)}, wanted fp32 {(B, K, S)}"
+            )
 
 
 def _check_positions(name: str, pos: Tensor, batch: int, length: int) -> None:

@@ -39,6 +39,7 @@ class CacheManager(Sequence[RollingKVCache]):
         max_length: most positions a row may take; None for no end. Buffers are then allocated once and never grow.
         slack: slots beyond the window of every windowed layer: tokens that can be taken back (less one).
         dtype, device: of keys and values.
+        packed: keep them as fp8, see `RollingKVCache`.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class CacheManager(Sequence[RollingKVCache]):
         slack: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        packed: bool = False,
     ) -> None:
         if batch < 1 or not windows or slack < 0 or (max_length is not None and max_length < 1):
             raise ValueError(
@@ -69,16 +71,24 @@ class CacheManager(Sequence[RollingKVCache]):
                 capacity=_capacity(window, max_length, slack),
                 dtype=dtype,
                 device=device,
+                packed=packed,
             )
             for window in windows
         )
         self._device = torch.device(device)
         self._next = [0]  # the next position of every row, or one for all rows
         self._fixed: Step | None = None
+        self.recorded: object = None  # what has recorded steps over these buffers keeps itself here for the next time
 
     @classmethod
     def for_layers(
-        cls, layers: Sequence[CachedLayer], batch: int, *, max_length: int | None = None, slack: int = 0
+        cls,
+        layers: Sequence[CachedLayer],
+        batch: int,
+        *,
+        max_length: int | None = None,
+        slack: int = 0,
+        packed: bool = False,
     ) -> "CacheManager":
         """The caches that these layers need, in their type and on their device.
 
@@ -101,6 +111,7 @@ class CacheManager(Sequence[RollingKVCache]):
             slack=slack,
             dtype=dtype,
             device=device,
+            packed=packed,
         )
 
     def __len__(self) -> int:
@@ -129,6 +140,11 @@ class CacheManager(Sequence[RollingKVCache]):
         return tuple(self._next) if len(self._next) == self.batch else tuple(self._next) * self.batch
 
     @property
+    def device(self) -> torch.device:
+        """Where keys, values and positions are."""
+        return self._device
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all layers' keys, values and positions."""
         return sum(cache.nbytes for cache in self._caches)
@@ -143,6 +159,15 @@ class CacheManager(Sequence[RollingKVCache]):
         """
         if self._fixed is not None:
             return self._fixed
+        step = self.upcoming(tokens)
+        return Step(step.positions.to(self._device), step.runs, step.bound)
+
+    def upcoming(self, tokens: int | Tensor) -> Step:
+        """What `positions` would hand out, with its tensor on the CPU: nothing goes to the device.
+
+        Raises:
+            ValueError: as `positions`.
+        """
         counts, length, offsets = self._counts(tokens)
         rows = max(len(self._next), len(counts))
         runs = tuple(Run(*run) for run in zip(*(_spread(x, rows) for x in (self._next, counts, offsets)), strict=True))
@@ -155,7 +180,7 @@ class CacheManager(Sequence[RollingKVCache]):
         ids = torch.full((rows, length), -1, dtype=torch.int64)
         for row, run in enumerate(runs):
             ids[row, run.offset : run.offset + run.size] = torch.arange(run.start, run.end)
-        return Step(ids.to(self._device), runs, max(run.end for run in runs))
+        return Step(ids, runs, max(run.end for run in runs))
 
     def _counts(self, tokens: int | Tensor) -> tuple[list[int], int, list[int]]:
         """Tokens a row (or one number for all rows), columns, and each row's first column."""
@@ -194,7 +219,7 @@ class CacheManager(Sequence[RollingKVCache]):
         and says so by `wrote`. What is written within is not noted.
         """
         before = [cache.bookmark() for cache in self._caches]
-        self._fixed = Step(positions, None, None)
+        self._fixed = Step(positions, None, None, fits=True)
         try:
             yield
         finally:
@@ -205,6 +230,21 @@ class CacheManager(Sequence[RollingKVCache]):
     def takes(self, step: Step) -> bool:
         """Whether every layer would write this step in place, into the memory that it has."""
         return all(cache.takes(step) for cache in self._caches)
+
+    def reserve(self, positions: int) -> None:
+        """Room for this many positions of every row in layers that grow: one allocation instead of several.
+
+        Raises:
+            ValueError: `max_length` is less.
+        """
+        for cache in self._caches:
+            cache.reserve(positions)
+
+    def part(self) -> None:
+        """Give every row a clock of its own now, so that the buffers stay when one of them pauses."""
+        self._next = list(self.row_positions)
+        for cache in self._caches:
+            cache.part()
 
     def wrote(self, step: Step) -> None:
         """A recorded step wrote these positions, which `takes` allowed."""

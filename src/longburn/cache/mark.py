@@ -39,7 +39,7 @@ class CacheMark:
     @property
     def nbytes(self) -> int:
         """Bytes of the copies."""
-        return sum(tensor.nbytes for ring in self._rings if ring for tensor in (ring.k, ring.v, ring.pos))
+        return sum(tensor.nbytes for ring in self._rings if ring for tensor in ring.tensors)
 
     def restore(self) -> None:
         """Takes back every token since the mark. The buffers stay where they are.
@@ -63,32 +63,31 @@ class CacheMark:
 
     def _last_keys(self, layer: RollingKVCache) -> Tensor:
         """Each row's last key and its position: they are others as soon as any token before them is."""
-        rows = torch.arange(layer.batch, device=layer._k.device)
-        slots = torch.tensor(self.positions, device=layer._k.device) - 1  # -1 is the spare slot
-        if layer._k.shape[2] <= int(slots.max()):
-            return layer._k.new_empty(0)
-        pos = layer._pos.expand(layer.batch, -1)[rows, slots]
-        keys = layer._k[rows, :, slots].flatten(1).double()
-        return torch.where((slots < 0)[:, None], 0, torch.cat([pos[:, None], keys], 1))
+        k, pos = layer.memory[0], layer.memory[-1]
+        rows = torch.arange(layer.batch, device=k.device)
+        slots = torch.tensor(self.positions, device=k.device) - 1  # -1 is the spare slot
+        if k.shape[2] <= int(slots.max()):
+            return k.new_empty(0)
+        # By their bytes: PyTorch looks up fp8 by no index.
+        keys = k.view(torch.uint8)[rows, :, slots].flatten(1).double()
+        found = torch.cat([pos.expand(layer.batch, -1)[rows, slots][:, None], keys], 1)
+        return torch.where((slots < 0)[:, None], 0, found)
 
 
 class _Ring(NamedTuple):
     """A copy of a ring."""
 
-    k: Tensor
-    v: Tensor
-    pos: Tensor
+    tensors: tuple[Tensor, ...]
     extent: Extent
 
     @classmethod
     def of(cls, layer: RollingKVCache) -> "_Ring | None":
         if layer.ring is None:
             return None
-        return cls(layer._k.clone(), layer._v.clone(), layer._pos.clone(), copy.deepcopy(layer._extent))
+        return cls(tuple(tensor.clone() for tensor in layer.memory), copy.deepcopy(layer._extent))
 
     def restore(self, layer: RollingKVCache) -> None:
-        layer._k.copy_(self.k)
-        layer._v.copy_(self.v)
-        layer._pos.copy_(self.pos)  # rows may have come to run apart since
+        for tensor, copied in zip(layer.memory, self.tensors, strict=True):
+            tensor.copy_(copied)  # rows of positions may have come to run apart since
         layer._extent = copy.deepcopy(self.extent)
-        layer._extent.widen(layer._pos.shape[0])
+        layer._extent.widen(layer.memory[-1].shape[0])

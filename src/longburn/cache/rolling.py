@@ -2,29 +2,18 @@
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from longburn.cache.buffers import NO_ROTATION, Buffers, KeyValues, Rotation
 from longburn.cache.extent import Extent
 from longburn.cache.step import Run, Step
 from longburn.cache.window import AttnWindow
-from longburn.kernels.append import AppendCall, append
+from longburn.kernels.append import Rotated
 from longburn.kernels.attend import Known
-from longburn.kernels.native.tape import is_recording
 
 PAGE = 256  # tokens; a growing buffer is a multiple of it
-
-
-class KeyValues(NamedTuple):
-    """What a layer attends to: keys and values `[B, K, S, D]` and their positions `[B|1, S]` (-1: empty)."""
-
-    k: Tensor
-    v: Tensor
-    pos: Tensor
-    known: tuple[Known, ...] | None
-    ascending: bool  # no slot holds a position below its own index
 
 
 class RollingKVCache:
@@ -44,6 +33,8 @@ class RollingKVCache:
             which lets chunks of up to `slack + 1` tokens be written in place and as many be taken back. For a layer
             without a window: a fixed number of positions; None (default) grows without end.
         dtype, device: of keys and values.
+        packed: keep keys and values as fp8 (e4m3) with one fp32 scale for every token and head, about half the bytes of
+            bf16; kept sink tokens stay in `dtype`. Queries then attend to the rounded numbers.
 
     Raises:
         ValueError: the capacity cannot hold the window, or the window sees later keys.
@@ -59,6 +50,7 @@ class RollingKVCache:
         capacity: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        packed: bool = False,
     ) -> None:
         window = window or AttnWindow()
         if not window.streams:
@@ -74,17 +66,29 @@ class RollingKVCache:
         self.window = window
         self.batch = batch
         self.fixed = capacity is not None or window.size is not None
-        self.slots = (capacity or need) if self.fixed else 0
-        self._shape = (kv_heads, head_dim)
-        self._k, self._v, self._pos = self._allocate(self.slots, dtype, torch.device(device))
+        slots, sinks = (capacity or need) if self.fixed else 0, window.sink_tokens if window.size is not None else 0
+        self._buffers = Buffers(
+            (batch, kv_heads, head_dim),
+            slots,
+            sink_tokens=sinks,
+            ring=None if window.size is None else slots - sinks,
+            dtype=dtype,
+            device=torch.device(device),
+            packed=packed,
+        )
         self._extent = Extent()
 
     # --- what it holds -----------------------------------------------------------------------------------------------
 
     @property
+    def slots(self) -> int:
+        """How many slots there are."""
+        return self._buffers.slots
+
+    @property
     def ring(self) -> int | None:
         """Slots that are reused; None if none are."""
-        return None if self.window.size is None else self.slots - self.window.sink_tokens
+        return self._buffers.ring
 
     @property
     def slack(self) -> int:
@@ -95,20 +99,22 @@ class RollingKVCache:
     def nbytes(self) -> int:
         """Bytes of keys, values and positions: `2 * B * K * (slots + 1) * D * itemsize + 8 * rows * (slots + 1)`.
 
-        The one slot beyond `slots` takes the writes of columns that hold no token.
+        The one slot beyond `slots` takes the writes of columns that hold no token. In fp8 a number is one byte and
+        every token and head have 4 more for a scale, twice; kept sink tokens, and one slot more, lie apart.
         """
-        return self._k.nbytes + self._v.nbytes + self._pos.nbytes
+        return self._buffers.nbytes
 
     @property
     def positions(self) -> Tensor:
         """The position in every slot, `[B|1, slots]`; -1 where there is none."""
-        return self._pos[:, : self.slots]
+        return self._buffers.pos[:, : self.slots]
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    def update(self, k: Tensor, v: Tensor, positions: Step | Tensor) -> KeyValues:
+    def update(self, k: Tensor, v: Tensor, positions: Step | Tensor, *, rotation: Rotation | None = None) -> KeyValues:
         """Write this call's keys and values (`[B, K, T, D]`) and return all that its queries may need to see.
 
+        With a rotation, k is rotated on its way, and its queries come back rotated beside the keys.
         Positions `[B|1, T]` go on where the row stands, or write again what it holds; -1 is written nowhere.
         A chunk that would push out keys its own first queries still see is attended to together with the old keys,
         before any of them is overwritten.
@@ -127,16 +133,18 @@ class RollingKVCache:
         else:
             self._check_restart(runs)
             self._widen(len(runs))
+        turn = rotation or NO_ROTATION
         if self.ring is None or step.length <= self.slack + 1 or (runs and all(self._in_place(run) for run in runs)):
-            return self._update_in_place(k, v, step, runs)
-        return self._update_past_window(k, v, step, runs)
+            return self._update_in_place(k, v, step, runs, turn)
+        k, turned = turn.apply(k)
+        return self._update_past_window(k, v, step, runs, turned)
 
     # A step that is recorded once and then run again does not come through `update`.
 
     @property
-    def memory(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The buffers of keys, values and positions."""
-        return self._k, self._v, self._pos
+    def memory(self) -> tuple[Tensor, ...]:
+        """The buffers of keys and values, and of positions, which come last."""
+        return self._buffers.tensors
 
     def takes(self, step: Step) -> bool:
         """Whether `update` would write this step in place, into the memory that there is."""
@@ -145,7 +153,7 @@ class RollingKVCache:
         runs = self._extent.runs(step, self.batch)
         return (
             runs is not None
-            and len(runs) == self._pos.shape[0]
+            and len(runs) == self._buffers.pos.shape[0]
             and all(run.start >= self.earliest_restart(row) for row, run in enumerate(runs))
         )
 
@@ -166,61 +174,47 @@ class RollingKVCache:
     def _in_place(self, run: Run) -> bool:
         return run.end <= self.slots or run.size <= self.slack + 1
 
-    def _update_in_place(self, k: Tensor, v: Tensor, step: Step, runs: Sequence[Run] | None) -> KeyValues:
-        self._append(k, v, step)
+    def _update_in_place(
+        self, k: Tensor, v: Tensor, step: Step, runs: Sequence[Run] | None, turn: Rotation
+    ) -> KeyValues:
+        turned = self._buffers.write(k, v, step.positions, turn)
         n, known = self.slots, None
         if runs is not None:
             self._extent.note(runs)
             n = self._extent.filled(len(runs), self.slots)
             known = self._extent.known(runs, self.slots, self.window.sink_tokens)
-        return KeyValues(self._k[:, :, :n], self._v[:, :, :n], self._pos[:, :n], known, True)
+        return self._buffers.view(n, known, turned)
 
-    def _update_past_window(self, k: Tensor, v: Tensor, step: Step, runs: Sequence[Run] | None) -> KeyValues:
-        """A chunk beyond the slack: attended to together with the old keys, and written after that was put together."""
+    def _update_past_window(
+        self, k: Tensor, v: Tensor, step: Step, runs: Sequence[Run] | None, turned: Rotated
+    ) -> KeyValues:
+        """A chunk beyond the slack: attended to together with the old keys, and written after those were copied."""
+        unrounded = k, v
+        k, v = self._buffers.rounded(k, v, step.positions)
         if runs is not None and len(runs) == 1:
-            result = self._old_and_new(k, v, step, runs[0])
+            result = self._old_and_new(k, v, step, runs[0], turned)
         else:
-            pos, n = step.positions.expand(self._pos.shape[0], -1), self.slots
+            old_k, old_v, held = self._buffers.read([slice(0, self.slots)])
+            pos = step.positions.expand(held.shape[0], -1)
             first = torch.where(pos >= 0, pos, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
-            old = torch.where(self._pos[:, :n] < first, self._pos[:, :n], -1)
-            keys, values = torch.cat([self._k[:, :, :n], k], 2), torch.cat([self._v[:, :, :n], v], 2)
-            result = KeyValues(keys, values, torch.cat([old, pos], 1), None, False)
-        self._append(k, v, step)
+            pos = torch.cat([torch.where(held < first, held, -1), pos], 1)
+            result = KeyValues(k, v, pos, None, False, (old_k, old_v), None, *turned)
+        self._buffers.write(*unrounded, step.positions)
         if runs is not None:
             self._extent.note(runs)
         return result
 
-    def _old_and_new(self, k: Tensor, v: Tensor, step: Step, run: Run) -> KeyValues:
+    def _old_and_new(self, k: Tensor, v: Tensor, step: Step, run: Run, turned: Rotated) -> KeyValues:
         """The keys that the run's first query still sees, in order, and then the run's own."""
         assert self.window.size is not None
         sinks = self.window.sink_tokens
         low = max(run.start - self.window.size + 1, sinks)
-        old = [slice(0, min(sinks, run.start)), *self._slot_slices(low, run.start)]
+        old_k, old_v, pos = self._buffers.read([slice(0, min(sinks, run.start)), *self._buffers.turns(low, run.start)])
         new = slice(run.offset, run.offset + run.size)
-        keys = torch.cat([*(self._k[:, :, s] for s in old), k[:, :, new]], 2)
-        values = torch.cat([*(self._v[:, :, s] for s in old), v[:, :, new]], 2)
-        pos = torch.cat([*(self._pos[:, s] for s in old), step.positions[:, new]], 1)
+        pos = torch.cat([pos, step.positions[:, new]], 1)
         head, first = (0, 0) if low == sinks else (sinks, low)
-        known = Known(run.start, run.size, keys.shape[2], head, first, True, run.offset)
-        return KeyValues(keys, values, pos, (known,), False)
-
-    def _append(self, k: Tensor, v: Tensor, step: Step) -> None:
-        append(AppendCall(k, v, step.positions, self._k, self._v, self._pos, self.window.sink_tokens, self.ring))
-
-    def _slot_slices(self, low: int, high: int) -> list[slice]:
-        """The slots of the positions `low .. high - 1` (at most one turn of the ring), in their order."""
-        sinks, ring = self.window.sink_tokens, self.ring
-        if ring is None:
-            return [slice(low, high)] if low < high else []
-        slices = [slice(low, min(high, sinks))] if low < min(high, sinks) else []
-        low = max(low, sinks)
-        if low < high:
-            a = (low - sinks) % ring
-            first = min(high - low, ring - a)
-            slices.append(slice(sinks + a, sinks + a + first))
-            if first < high - low:
-                slices.append(slice(sinks, sinks + high - low - first))
-        return slices
+        known = Known(run.start, run.size, pos.shape[1], head, first, True, run.offset)
+        return KeyValues(k[:, :, new], v[:, :, new], pos, (known,), False, (old_k, old_v), None, *turned)
 
     # --- going back --------------------------------------------------------------------------------------------------
 
@@ -232,39 +226,44 @@ class RollingKVCache:
     def truncate(self, positions: Sequence[int]) -> None:
         """Forget every position from `positions[row]` on (one for all rows, or one a row)."""
         self._widen(len(positions))
-        bound = torch.tensor(positions, device=self._pos.device)[:, None]
-        self._pos.masked_fill_(self._pos >= bound, -1)
+        held = self._buffers.pos
+        held.masked_fill_(held >= torch.tensor(positions, device=held.device)[:, None], -1)
         self._extent.truncate(positions)
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Clear some rows (None: all), as if nothing had ever been written to them."""
         if rows is None:
-            self._pos.fill_(-1)
+            self._buffers.pos.fill_(-1)
         else:
             self._widen(self.batch)
-            self._pos[list(rows)] = -1
+            self._buffers.pos[list(rows)] = -1
         self._extent.reset(rows)
+
+    def part(self) -> None:
+        """Keep the positions of every row for themselves from now on."""
+        self._widen(self.batch)
 
     def _widen(self, rows: int) -> None:
         """From one clock for all rows to one a row."""
-        if rows > 1 and self._pos.shape[0] == 1:
-            self._pos = self._pos.expand(self.batch, -1).clone()
+        if rows > 1:
+            self._buffers.widen(self.batch)
         self._extent.widen(rows)
 
     # --- checks and memory -------------------------------------------------------------------------------------------
 
     def _check(self, k: Tensor, v: Tensor, step: Step) -> None:
-        wanted = (self.batch, self._shape[0], step.length, self._shape[1])
+        (B, K, D), dtype, device = self._buffers.shape, self._buffers.dtype, self._buffers.device
+        wanted = (B, K, step.length, D)
         for name, given in (("k", k), ("v", v)):
             if tuple(given.shape) != wanted:
                 raise ValueError(
                     f"RollingKVCache.update: {name} is {tuple(given.shape)}, wanted {wanted} "
                     f"(batch {wanted[0]}, kv_heads {wanted[1]}, positions {wanted[2]}, head_dim {wanted[3]})"
                 )
-            if given.dtype != self._k.dtype or given.device != self._k.device:
+            if given.dtype != dtype or given.device != device:
                 raise ValueError(
                     f"RollingKVCache.update: {name} is {given.dtype} on {given.device}, "
-                    f"the cache {self._k.dtype} on {self._k.device}; build it with the model's dtype and device"
+                    f"the cache {dtype} on {device}; build it with the model's dtype and device"
                 )
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise ValueError(
@@ -286,34 +285,28 @@ class RollingKVCache:
                     "build the cache with more slack, or reset the row"
                 )
 
-    def _reserve(self, step: Step) -> None:
-        """Room for the step in a layer that never wraps."""
-        if self.ring is not None:
-            return
-        bound = step.bound
-        if bound is None:
-            if is_recording():  # whoever runs the tape sees to it that there is room
-                return
-            if self.fixed:  # the host must not wait for the device: the device itself refuses
-                torch._assert_async((step.positions < self.slots).all(), "RollingKVCache.update: capacity exceeded")
-                return
-            bound = int(step.positions.max()) + 1
-        if bound <= self.slots:
+    def reserve(self, positions: int) -> None:
+        """Room for so many positions of every row in a layer that never wraps; in a ring there is nothing to do.
+
+        Raises:
+            ValueError: a fixed capacity is less.
+        """
+        if self.ring is not None or positions <= self.slots:
             return
         if self.fixed:
             raise ValueError(
-                f"RollingKVCache.update: position {bound - 1} does not fit a fixed capacity of {self.slots}; "
+                f"RollingKVCache.update: position {positions - 1} does not fit a fixed capacity of {self.slots}; "
                 "give a larger max_length, a window, or no max_length so that the cache grows"
             )
-        slots = -(-max(bound, self.slots + self.slots // 4) // PAGE) * PAGE
-        k, v, pos = self._allocate(slots, self._k.dtype, self._k.device)
-        k[:, :, : self.slots], v[:, :, : self.slots] = self._k[:, :, :-1], self._v[:, :, :-1]
-        pos = pos.expand(self._pos.shape[0], -1).clone()
-        pos[:, : self.slots] = self._pos[:, :-1]
-        self._k, self._v, self._pos, self.slots = k, v, pos, slots
+        slots = -(-max(positions, self.slots + self.slots // 4) // PAGE) * PAGE
+        self._buffers = self._buffers.grown(slots)
 
-    def _allocate(self, slots: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        K, D = self._shape
-        shape = (self.batch, K, slots + 1, D)
-        k, v = torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
-        return k, v, torch.full((1, slots + 1), -1, dtype=torch.int64, device=device)
+    def _reserve(self, step: Step) -> None:
+        if self.ring is not None or step.fits:
+            return
+        if step.bound is not None:
+            self.reserve(step.bound)
+        elif self.fixed:  # the host must not wait for the device: the device itself refuses
+            torch._assert_async((step.positions < self.slots).all(), "RollingKVCache.update: capacity exceeded")
+        else:
+            self.reserve(int(step.positions.max()) + 1)

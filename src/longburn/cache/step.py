@@ -28,12 +28,16 @@ class Step:
         positions: the positions, on the model's device.
         runs: what the host knows of them: one `Run` for all rows, or one a row; None if it knows nothing.
         bound: the host's upper bound of every position plus one; None if it knows none.
+        fits: whoever made the step has seen to it that every cache has room for it.
     """
 
-    def __init__(self, positions: Tensor, runs: tuple[Run, ...] | None, bound: int | None) -> None:
+    def __init__(
+        self, positions: Tensor, runs: tuple[Run, ...] | None, bound: int | None, *, fits: bool = False
+    ) -> None:
         self.positions = positions
         self.runs = runs
         self.bound = bound
+        self.fits = fits
         self._shared: dict[Hashable, object] = {}
 
     @classmethod

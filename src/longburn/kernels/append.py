@@ -5,12 +5,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longburn.kernels import native
+from longburn.kernels import native, triton
 from longburn.kernels.registry import Impl, Operation
 from longburn.kernels.rotate import rotate
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+FP8_LEAST = 2.0**-100  # magnitudes below count as this one where a scale is found, so that no scale is 0
 
 
 class AppendCall(NamedTuple):
@@ -51,25 +52,28 @@ class Rotated(NamedTuple):
 def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     """x `[..., D]` as fp8 (e4m3) and the fp32 scale `[...]` by which it is multiplied to get x back."""
     wide = x.float()
-    scale = wide.abs().amax(-1) / FP8_MAX
-    divisor = torch.where(scale > 0, scale, 1.0)
-    return (wide / divisor.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+    scale = wide.abs().amax(-1).clamp_min(FP8_LEAST) / FP8_MAX
+    return (wide / scale.unsqueeze(-1)).to(FP8), scale
 
 
-def rotated(call: AppendCall) -> tuple[Tensor, Rotated]:
-    """k, and what is handed back, after the rotations that the call wants."""
-    k, q, q_sink = call.k, call.q, None
-    if q is not None and call.sink_angles is not None:
-        q_sink = rotate(q, *call.sink_angles, interleaved=call.interleaved)
-    if call.angles is not None:
-        k = rotate(k, *call.angles, interleaved=call.interleaved)
-        q = None if q is None else rotate(q, *call.angles, interleaved=call.interleaved)
+def rotated(
+    k: Tensor,
+    q: Tensor | None,
+    angles: tuple[Tensor, Tensor] | None,
+    sink_angles: tuple[Tensor, Tensor] | None,
+    interleaved: bool,
+) -> tuple[Tensor, Rotated]:
+    """k, and what is handed back, after the rotations of an `AppendCall` with these."""
+    q_sink = None if q is None or sink_angles is None else rotate(q, *sink_angles, interleaved=interleaved)
+    if angles is not None:
+        k = rotate(k, *angles, interleaved=interleaved)
+        q = None if q is None else rotate(q, *angles, interleaved=interleaved)
     return k, Rotated(q, q_sink)
 
 
 def _reference(call: AppendCall) -> Rotated:
     held, sinks, ring = call.held, call.sink_tokens, call.ring
-    k, result = rotated(call)
+    k, result = rotated(call.k, call.q, call.angles, call.sink_angles, call.interleaved)
     nowhere = held.shape[1] - 1
     pos = call.positions.expand(held.shape[0], -1)
     kept, slot = pos >= 0, pos
@@ -103,7 +107,7 @@ def _put(cache: Tensor, slot: Tensor, x: Tensor) -> None:
 
 
 def _native(call: AppendCall) -> Rotated:
-    k, result = rotated(call)
+    k, result = rotated(call.k, call.q, call.angles, call.sink_angles, call.interleaved)
     v, positions, k_cache, v_cache, held = call.v, call.positions, call.k_cache, call.v_cache, call.held
     B, K, T, D = k.shape
     size = k.itemsize
@@ -127,8 +131,37 @@ def _native_why_not(call: AppendCall) -> str | None:
     return native.unavailable()
 
 
+def _triton(call: AppendCall) -> Rotated:
+    from longburn.kernels.triton.append import append
+
+    return Rotated(*append(call, FP8_LEAST))
+
+
+def _triton_why_not(call: AppendCall) -> str | None:
+    k, D = call.k, call.k.shape[3]
+    angles = [x for pair in (call.angles, call.sink_angles) for x in pair or ()]
+    pairs = [pair for pair in ((call.k_cache, call.v_cache), call.scales, call.before) if pair is not None]
+    if reason := triton.why_not(call.q, k, call.v, *angles):
+        return reason
+    if k.dtype not in triton.TYPES or not all(x is None or x.dtype == k.dtype for x in (call.q, call.v)):
+        return f"takes fp32, bf16 or fp16, one type for all, got {k.dtype}"
+    if call.k_cache.dtype != (k.dtype if call.scales is None else FP8):
+        return f"writes caches in the type of k, or fp8 with scales, got {call.k_cache.dtype}"
+    if not all(x.dtype == torch.float32 and x.is_contiguous() and x.shape == angles[0].shape for x in angles):
+        return "takes fp32 angles without gaps"
+    if any(x is not None and x.stride(3) != 1 for x in (call.q, k, call.v)) or call.positions.stride(1) != 1:
+        return "queries, keys, values or positions have gaps"
+    whole = all(a.stride() == b.stride() and a.stride(2) == (D if a.ndim == 4 else 1) for a, b in pairs)
+    return None if whole else "slots of a cache have gaps"
+
+
 OPERATION: Operation[AppendCall, Rotated] = Operation(
-    "append", (Impl("native", _native, _native_why_not), Impl("reference", _reference, lambda call: None))
+    "append",
+    (
+        Impl("native", _native, _native_why_not),
+        Impl("triton", _triton, _triton_why_not),
+        Impl("reference", _reference, lambda call: None),
+    ),
 )
 
 

@@ -55,9 +55,11 @@ class Decoder(nn.Module):
         """The attention layers, first to last."""
         return [layer.attention for layer in self.layers]  # type: ignore[misc]
 
-    def init_cache(self, batch: int, *, max_length: int | None = None, slack: int = 0) -> CacheManager:
-        """Empty caches for `batch` rows of at most `max_length` positions (None: no end)."""
-        return CacheManager.for_layers(self.attentions, batch, max_length=max_length, slack=slack)
+    def init_cache(
+        self, batch: int, *, max_length: int | None = None, slack: int = 0, packed: bool = False
+    ) -> CacheManager:
+        """Empty caches for `batch` rows of at most `max_length` positions (None: no end); see `CacheManager`."""
+        return CacheManager.for_layers(self.attentions, batch, max_length=max_length, slack=slack, packed=packed)
 
     def forward_logits(
         self, tokens: Tensor, cache: CacheManager, *, all_positions: bool = False, commit: bool = True

@@ -125,16 +125,18 @@ def bias_matrix(call: AttendCall) -> Tensor | None:
     return total
 
 
+def unpacked(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp8 numbers `[..., D]` times their scales `[...]`, rounded to `dtype`."""
+    return (x.float() * scale.unsqueeze(-1)).to(dtype)
+
+
 def joined(call: AttendCall) -> AttendCall:
     """The same call with all its keys and values in one piece each, in the type of q."""
     if call.before is None and call.scales is None:
         return call
     k, v = call.k, call.v
     if call.scales is not None:
-        k, v = (
-            (x.to(scale.dtype) * scale.unsqueeze(-1)).to(call.q.dtype)
-            for x, scale in zip((k, v), call.scales, strict=True)
-        )
+        k, v = (unpacked(x, scale, call.q.dtype) for x, scale in zip((k, v), call.scales, strict=True))
     if call.before is not None:
         k, v = (torch.cat(parts, 2) for parts in zip(call.before, (k, v), strict=True))
     return replace(call, k=k, v=v, before=None, scales=None, ascending=call.ascending and call.before is None)

@@ -1,0 +1,177 @@
+"""The memory of one layer's cache: keys, values and positions in numbered slots, as they are or in fp8."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longburn.kernels.append import FP8, AppendCall, Rotated, append, quantised, rotated
+from longburn.kernels.attend import Known
+from longburn.kernels.attend.call import unpacked
+
+Pair = tuple[Tensor, Tensor]  # of keys and of values
+
+
+class Rotation(NamedTuple):
+    """Rotary angles for keys on their way into the cache, and queries `[B, H, T, D]` that are rotated with them.
+
+    `angles` and `sink_angles` are cos and sin, `[B|1, 1, T, R]`; the second ones, if given, are those at which the
+    queries look at kept sink tokens.
+    """
+
+    q: Tensor | None
+    angles: Pair | None
+    sink_angles: Pair | None = None
+    interleaved: bool = False
+
+    def apply(self, k: Tensor) -> tuple[Tensor, Rotated]:
+        """k `[B, K, T, D]` and the queries, rotated."""
+        return rotated(k, *self)
+
+
+NO_ROTATION = Rotation(None, None)
+
+
+class KeyValues(NamedTuple):
+    """What a layer attends to: keys and values `[B, K, S, D]` and their positions `[B|1, S0 + S]` (-1: empty).
+
+    The first S0 slots are those of `before`, which lie elsewhere, where it is given. With `scales`, k and v are fp8.
+    `q` and `q_sink` are the queries that came with a `Rotation`, rotated.
+    """
+
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    known: tuple[Known, ...] | None
+    ascending: bool  # no slot in k holds a position below its own index
+    before: Pair | None = None
+    scales: Pair | None = None
+    q: Tensor | None = None
+    q_sink: Tensor | None = None
+
+
+class Buffers:
+    """Slots `0 .. slots - 1`, and one more that takes the writes of columns that hold no token.
+
+    Args:
+        shape: B, K and D.
+        slots: how many.
+        sink_tokens: the first slots, which belong to these positions for ever.
+        ring: slots that are reused after them; None if none are.
+        dtype: of the keys and values that are written.
+        packed: keep them as fp8 (e4m3) with one fp32 scale for every token and head. Kept sink tokens stay in `dtype`.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        slots: int,
+        *,
+        sink_tokens: int,
+        ring: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        packed: bool,
+    ) -> None:
+        B, K, D = shape
+        self.shape, self.slots, self.sink_tokens, self.ring = shape, slots, sink_tokens, ring
+        self.dtype, self.device, self.packed = dtype, device, packed
+        self._apart = sink_tokens if packed else 0  # slots that lie in `before`
+
+        def pair(of: torch.dtype, *size: int) -> Pair:
+            return torch.empty(size, dtype=of, device=device), torch.empty(size, dtype=of, device=device)
+
+        here = slots - self._apart + 1
+        self.k, self.v = pair(FP8 if packed else dtype, B, K, here, D)
+        self.scales = pair(torch.float32, B, K, here) if packed else None
+        self.before = pair(dtype, B, K, self._apart + 1, D) if self._apart else None
+        self.pos = torch.full((1, slots + 1), -1, dtype=torch.int64, device=device)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of the memory, positions last."""
+        return self.k, self.v, *(self.scales or ()), *(self.before or ()), self.pos
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def write(self, k: Tensor, v: Tensor, positions: Tensor, rotation: Rotation | None = None) -> Rotated:
+        """Put k and v `[B, K, T, D]` into the slots of their positions `[B|1, T]`, k after the rotation."""
+        turn = rotation or NO_ROTATION
+        return append(
+            AppendCall(
+                *(k, v, positions, self.k, self.v, self.pos, self.sink_tokens, self.ring),
+                *turn,
+                scales=self.scales,
+                before=self.before,
+            )
+        )
+
+    def view(self, n: int, known: tuple[Known, ...] | None, turned: Rotated) -> KeyValues:
+        """The first n slots, in place."""
+        a = self._apart
+        n = max(n, min(a + 1, self.slots))  # kept sink tokens are never all there is
+        scales = None if self.scales is None else (self.scales[0][:, :, : n - a], self.scales[1][:, :, : n - a])
+        before = None if self.before is None else (self.before[0][:, :, :a], self.before[1][:, :, :a])
+        k, v = self.k[:, :, : n - a], self.v[:, :, : n - a]
+        return KeyValues(k, v, self.pos[:, :n], known, True, before, scales, *turned)
+
+    def read(self, slots: Sequence[slice]) -> tuple[Tensor, Tensor, Tensor]:
+        """A copy of keys and values of these slots in turn, in the type in which they were written; and positions."""
+        pos = torch.cat([self.pos[:, s] for s in slots], 1)
+        k, v = (torch.cat([self._read(i, s) for s in slots], 2) for i in (0, 1))
+        return k, v, pos
+
+    def _read(self, i: int, s: slice) -> Tensor:
+        """Keys (0) or values (1) of some slots."""
+        here = (self.k, self.v)[i]
+        if self.scales is None:
+            return here[:, :, s]
+        a = self._apart
+        rest = slice(max(s.start - a, 0), max(s.stop - a, 0))
+        x = unpacked(here[:, :, rest], self.scales[i][:, :, rest], self.dtype)
+        return x if self.before is None else torch.cat([self.before[i][:, :, s.start : min(s.stop, a)], x], 2)
+
+    def turns(self, low: int, high: int) -> list[slice]:
+        """The slots of the ring that hold the positions `low .. high - 1`, at most one turn of it, in their order."""
+        assert self.ring is not None
+        if low >= high:
+            return []
+        start = self.sink_tokens + (low - self.sink_tokens) % self.ring
+        first = min(high - low, self.slots - start)
+        rest = slice(self.sink_tokens, self.sink_tokens + high - low - first)
+        return [slice(start, start + first), *([rest] if first < high - low else [])]
+
+    def rounded(self, k: Tensor, v: Tensor, positions: Tensor) -> Pair:
+        """k and v `[B, K, T, D]` as they would be read back."""
+        if not self.packed:
+            return k, v
+        kept = (positions < self.sink_tokens)[:, None, :, None]
+        pair = (torch.where(kept, x, unpacked(*quantised(x), x.dtype)) for x in (k, v))
+        return next(pair), next(pair)
+
+    def grown(self, slots: int) -> "Buffers":
+        """The same in more slots. Only for buffers that never wrap."""
+        other = Buffers(
+            self.shape,
+            slots,
+            sink_tokens=self.sink_tokens,
+            ring=None,
+            dtype=self.dtype,
+            device=self.device,
+            packed=self.packed,
+        )
+        other.widen(self.pos.shape[0])
+        for new, old in zip(other.tensors[:-1], self.tensors[:-1], strict=True):
+            n = old.shape[2] - 1
+            new[:, :, :n] = old[:, :, :n]
+        other.pos[:, : self.slots] = self.pos[:, :-1]
+        return other
+
+    def widen(self, rows: int) -> None:
+        """From one row of positions to one for every row of the batch."""
+        if rows > self.pos.shape[0]:
+            self.pos = self.pos.expand(rows, -1).clone()
