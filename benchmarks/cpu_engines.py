@@ -43,7 +43,8 @@ class Longburn:
         import torch
 
         from longburn.cache import AttnWindow
-        from longburn.generation import DecodeStep, GenerationConfig
+        from longburn.generation import DecodeStep
+        from longburn.generation.loop import CHUNKS
         from longburn.models import load_model
 
         torch.set_num_threads(job["threads"])
@@ -51,7 +52,7 @@ class Longburn:
         window = AttnWindow(job["window"], sink_tokens=4, relative_sinks=True) if "window" in job else None
         self.model = load_model(job["model"], dtype=getattr(torch, job["dtype"]), window=window).model
         self.max_length = None if window else job["context"] + job["decode_tokens"] + 1
-        self.chunk_size = GenerationConfig().chunk_size
+        self.chunk_size = CHUNKS["cpu"]
         self.tensor: Any = torch.tensor
         self.cache: Any = None
         self.step: Any = None

@@ -100,8 +100,21 @@ class RunOptions:
         ),
     ] = None
     chunk_size: Annotated[
-        int, typer.Option(min=1, help="Read the prompt this many tokens at a time.", rich_help_panel=CACHE)
-    ] = 1024
+        int | None,
+        typer.Option(
+            min=1,
+            help="Read the prompt this many tokens at a time. Default: 1024 on the CPU, 8192 on a GPU.",
+            rich_help_panel=CACHE,
+            show_default=False,
+        ),
+    ] = None
+    kv_cache: Annotated[
+        Literal["model", "fp8"],
+        typer.Option(
+            help="Keep keys and values in the model's type, or in fp8: fewer bytes to read, and other roundings.",
+            rich_help_panel=CACHE,
+        ),
+    ] = "model"
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 always takes the likeliest token.", rich_help_panel=SAMPLING)
     ] = 0.7
@@ -136,9 +149,13 @@ class RunOptions:
         None
     )
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"],
-        typer.Option(help="Of the weights and the cache.", rich_help_panel=MACHINE),
-    ] = "float32"
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(
+            help="Of the weights and the cache. Default: float32 on the CPU, bfloat16 on a GPU.",
+            rich_help_panel=MACHINE,
+            show_default=False,
+        ),
+    ] = None
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is cuda where there is one.", rich_help_panel=MACHINE)
     ] = "auto"
@@ -238,7 +255,7 @@ class RunOptions:
                     raise KeyboardInterrupt
                 show(done, total)
 
-            dtype = getattr(torch, self.dtype)
+            dtype = getattr(torch, self.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
             try:
                 loaded = load_model(self.model, dtype=dtype, device=device, window=window, progress=on_progress)
             except ValueError as error:
@@ -248,7 +265,8 @@ class RunOptions:
             if interrupted():
                 raise KeyboardInterrupt
         config = replace(config, stop_tokens=loaded.tokenizer.stop_tokens)
-        return Stream(loaded, loaded.model.init_cache(1), config, sampler, self.impl)
+        cache = loaded.model.init_cache(1, packed=self.kv_cache == "fp8")
+        return Stream(loaded, cache, config, sampler, self.impl)
 
 
 def check_model(model: str) -> None:

@@ -1,6 +1,7 @@
 """The generation loop: prompts in, tokens and text out as they are made."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -8,10 +9,13 @@ import torch
 from torch import Tensor
 
 from longburn.cache import CacheManager
-from longburn.generation.graph import DecodeStep
+from longburn.generation.ahead import ROOM, AheadSteps, DeviceStep, runs_ahead
 from longburn.generation.model import AutoregressiveModel
+from longburn.generation.steps import HostSteps, Steps
 from longburn.generation.stop import TextStream
-from longburn.sampling import Sampled, Sampler, SamplerConfig, TokenCounts
+from longburn.sampling import Sampled, Sampler, SamplerConfig
+
+CHUNKS = {"cpu": 1024, "cuda": 8192}  # prompt tokens per forward call
 
 Finish = Literal["stop_token", "stop_string", "length", "cancelled"]
 
@@ -32,21 +36,22 @@ class GenerationConfig:
 
     Args:
         max_new_tokens: per row.
-        chunk_size: prompt tokens per forward call; changes memory and speed, never the result. (From 768 queries on
-            PyTorch's fused attention on the CPU takes larger blocks, worth 10 to 20 % of a long prompt's time.)
+        chunk_size: prompt tokens per forward call; changes memory and speed, never the result. Default None: by where
+            the cache is, 1024 on the CPU (from 768 queries on PyTorch's fused attention takes larger blocks, worth 10
+            to 20 % of a long prompt's time), 8192 on CUDA.
         stop_tokens: ids that end a row; the last event carries the id, but no text of it.
         stop_strings: texts that end a row, found byte-exactly across token borders; they need a tokenizer.
         logprobs: None for none, n >= 0 for the log-probability of every token and the n most likely ones.
     """
 
     max_new_tokens: int = 128
-    chunk_size: int = 1024
+    chunk_size: int | None = None
     stop_tokens: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.chunk_size < 1:
+        if self.max_new_tokens < 1 or (self.chunk_size is not None and self.chunk_size < 1):
             raise ValueError(
                 f"GenerationConfig: max_new_tokens {self.max_new_tokens}, chunk_size {self.chunk_size}: both at least 1"
             )
@@ -121,7 +126,6 @@ def generate(
     if cache is None:
         cache = model.init_cache(len(rows), max_length=max(map(len, rows)) + config.max_new_tokens)
     _check_room(rows, cache, config.max_new_tokens)
-    # The loop reads every token on the host, so it also samples there; rows of a batch are few.
     sampling = Sampler(sampler or SamplerConfig(temperature=0.0), batch=len(rows), vocab_size=model.vocab_size)
     texts = _Texts(config, tokenizer, [TextStream(config.stop_strings) for _ in rows])
     return _run(model, rows, config, sampling, cache, texts, on_prefill, cancelled or (lambda: False))
@@ -137,34 +141,52 @@ def _run(
     on_prefill: Callable[[int, int], None] | None,
     cancelled: Callable[[], bool],
 ) -> Iterator[TokenEvent]:
-    counts = None
-    if sampler.uses_counts:
-        counts = TokenCounts.zeros(len(prompts), model.vocab_size)
-        counts.add_prompt(_padded(prompts))
-    live = list(range(len(prompts)))
     positions = [start + len(prompt) for start, prompt in zip(cache.row_positions, prompts, strict=True)]
-    step = DecodeStep(model, cache)
-    logits = _prefill(model, prompts, config.chunk_size, cache, on_prefill, cancelled)
-    for made in range(config.max_new_tokens):
-        if logits is None or (made and cancelled()):
-            yield from (texts.cancel(row, positions[row]) for row in live)
-            return
-        sampled = sampler(logits.cpu(), draw=torch.tensor(positions), counts=counts, logprobs=config.logprobs)
-        tokens = torch.full((len(prompts), 1), -1)
-        for row in list(live):
-            event = texts.event(row, positions[row], sampled, last=made + 1 == config.max_new_tokens)
-            if event.finish is None:
-                tokens[row] = event.token
-            else:
-                live.remove(row)
-            yield event
-        if not live:
-            return
-        for row in live:
-            positions[row] += 1
-        if counts is not None:
-            counts.add_generated(tokens)
-        logits = step(tokens)
+    end = max(positions) + config.max_new_tokens - 1
+    if cache.device.type == "cuda":  # a step that is captured stays where it is
+        cache.reserve(min(end, max(positions) + ROOM))
+    logits = _prefill(model, prompts, config.chunk_size or CHUNKS[cache.device.type], cache, on_prefill, cancelled)
+    if logits is None:
+        yield from (texts.cancel(row, position) for row, position in enumerate(positions))
+        return
+    live = list(range(len(prompts)))
+    with closing(_steps(model, cache, logits, positions, end, _padded(prompts), sampler, config)) as steps:
+        for made in range(1, config.max_new_tokens + 1):
+            if made > 1 and cancelled():
+                yield from (texts.cancel(row, steps.positions[row]) for row in live)
+                return
+            last = made == config.max_new_tokens
+            if not last:
+                steps.ahead()
+            sampled = steps.read()
+            for row in list(live):
+                event = texts.event(row, steps.positions[row], sampled, last=last)
+                if event.finish is not None:
+                    live.remove(row)
+                yield event
+            if not live:
+                return
+            steps.go_on(live)
+
+
+def _steps(
+    model: AutoregressiveModel,
+    cache: CacheManager,
+    logits: Tensor,
+    positions: list[int],
+    end: int,
+    prompts: Tensor,
+    sampler: Sampler,
+    config: GenerationConfig,
+) -> Steps:
+    """On a device that can run ahead, from there; else from the host."""
+    if config.max_new_tokens > 1 and runs_ahead(cache):
+        step = DeviceStep.over(cache, model, sampler, config.logprobs)
+        if step.why_not is None:
+            ahead = AheadSteps(step, cache, logits, positions, prompts, config.stop_tokens, end)
+            if step.why_not is None:
+                return ahead
+    return HostSteps(model, cache, logits, positions, prompts, sampler, config.logprobs)
 
 
 def _prefill(
@@ -192,6 +214,8 @@ def _prefill(
             rows = [row for row, end in enumerate(ends) if end]
             final[rows] = logits[rows]
         if on_prefill is not None:
+            if logits.is_cuda:  # what is told was done
+                torch.cuda.synchronize(logits.device)
             on_prefill(int((tokens[:, : start + chunk_size] >= 0).sum()), total)
     return final
 

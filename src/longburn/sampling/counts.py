@@ -32,6 +32,11 @@ class TokenCounts:
 
         return cls(empty(), empty())
 
+    def clear(self) -> None:
+        """As `zeros`, in place."""
+        self.prompt.zero_()
+        self.generated.zero_()
+
     def add_prompt(self, tokens: Tensor) -> None:
         """Count prompt tokens, int64 `[B, T]` or `[B]`; -1 is no token."""
         _add(self.prompt, tokens)
@@ -47,5 +52,7 @@ def _add(counts: Tensor, tokens: Tensor) -> None:
             f"TokenCounts: got tokens of shape {tuple(tokens.shape)} for counts of {counts.shape[0]} rows; "
             f"pass [B] or [B, T], with -1 where a row has no token"
         )
-    tokens = tokens.view(counts.shape[0], -1)
-    counts.scatter_add_(-1, tokens.clamp_min(0), (tokens >= 0).to(counts.dtype))
+    tokens = tokens.reshape(counts.shape[0], -1)
+    rows = torch.arange(counts.shape[0], device=counts.device)[:, None] * counts.shape[1]
+    # Flat, because that has a deterministic algorithm on CUDA too.
+    counts.view(-1).scatter_add_(0, (rows + tokens.clamp_min(0)).flatten(), (tokens >= 0).to(counts.dtype).flatten())

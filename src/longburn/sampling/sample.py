@@ -22,7 +22,7 @@ seed and draw index (see `uniform` and `processors` for how).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -125,6 +125,19 @@ class Sampler:
         tokens = self._pick(scores, draw)
         return Sampled(tokens) if logprobs is None else _with_logprobs(tokens, logits, logprobs)
 
+    def reseed(self, other: Sampler) -> bool:
+        """Take over the seeds of a sampler that differs in nothing else, in place; False if it does.
+
+        So a CUDA graph that holds this sampler can be used for other seeds.
+        """
+        if other._shape != self._shape or _seedless(other.configs) != _seedless(self.configs):
+            return False
+        self.configs = other.configs
+        for mine, theirs in zip(self._groups, other._groups, strict=True):
+            if isinstance(mine, _Random) and isinstance(theirs, _Random):
+                mine.stream.copy_(theirs.stream)
+        return True
+
     def _shift(self, logits: Tensor) -> Tensor:
         if self._offset is None:
             return logits
@@ -222,6 +235,10 @@ class _Random:
             mass = keep_min_p(mass, self.min_p)
         index = pick(mass, uniform(self.stream, draw))
         return index if ids is None else _take(ids, index, missing=-1)
+
+
+def _seedless(configs: Sequence[SamplerConfig]) -> list[SamplerConfig]:
+    return [replace(config, seed=None) for config in configs]
 
 
 def _groups(configs: Sequence[SamplerConfig], vocab_size: int, device: Device) -> list[_Greedy | _Random]:
