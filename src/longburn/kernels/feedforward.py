@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longburn.kernels import native
+from longburn.kernels import native, triton
 from longburn.kernels.linear import NATIVE_ROWS, few_rows, linear
 from longburn.kernels.registry import Impl, Operation
 
@@ -43,11 +43,26 @@ def _gated_native_why_not(gate_up: Tensor) -> str | None:
     return native.why_not(gate_up)
 
 
+def _gated_triton(gate_up: Tensor) -> Tensor:
+    from longburn.kernels.triton.norm import gated
+
+    return gated(gate_up)
+
+
+def _gated_triton_why_not(gate_up: Tensor) -> str | None:
+    if reason := triton.why_not(gate_up):
+        return reason
+    if gate_up.dtype not in triton.TYPES:
+        return f"takes fp32, bf16 or fp16, got {gate_up.dtype}"
+    return None if gate_up.is_contiguous() else "gate and up have gaps"
+
+
 # silu(gate) * up for `[..., 2 * hidden]`, gate first.
 GATED: Operation[Tensor, Tensor] = Operation(
     "gated",
     (
         Impl("native", _gated_native, _gated_native_why_not),
+        Impl("triton", _gated_triton, _gated_triton_why_not),
         Impl("reference", _gated_reference, lambda call: None),
     ),
 )

@@ -6,18 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longburn.kernels import native
+from longburn.kernels import native, triton
 from longburn.kernels.registry import Impl, Operation
 
 NATIVE_ROWS = 4  # beyond, the general matrix kernels are as fast
+TRITON_ROWS = {torch.float32: 1, torch.bfloat16: 32, torch.float16: 32}  # likewise, on a GPU
 
 
 class LinearCall(NamedTuple):
-    """`x @ weight.T + bias` for x `[..., in]`, weight `[out, in]` and bias `[out]` or None."""
+    """`x @ weight.T + bias + residual` for x `[..., in]`, weight `[out, in]`, bias `[out]`, residual `[..., out]`."""
 
     x: Tensor
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
 
 
 def few_rows(limit: int, x: Tensor, *tensors: Tensor | None) -> str | None:
@@ -31,11 +33,19 @@ def few_rows(limit: int, x: Tensor, *tensors: Tensor | None) -> str | None:
     return None
 
 
+def _plus(y: Tensor, residual: Tensor | None) -> Tensor:
+    return y if residual is None else residual + y
+
+
+def _reference(call: LinearCall) -> Tensor:
+    return _plus(F.linear(call.x, call.weight, call.bias), call.residual)
+
+
 def _matvec(call: LinearCall) -> Tensor:
     # The general matrix kernels behind F.linear read a bf16 weight at half the speed of the matrix-vector kernel.
     x, row = call.x, call.x.reshape(-1)
     y = torch.mv(call.weight, row) if call.bias is None else torch.addmv(call.bias, call.weight, row)
-    return y.view(*x.shape[:-1], -1)
+    return _plus(y.view(*x.shape[:-1], -1), call.residual)
 
 
 def _native(call: LinearCall) -> Tensor:
@@ -44,7 +54,7 @@ def _native(call: LinearCall) -> Tensor:
     y = torch.empty(*x.shape[:-1], out, dtype=x.dtype)
     words = (native.address(weight), native.address(x), native.address(call.bias), native.address(y))
     native.launch("linear", *words, x.numel() // size, out, size, native.TYPES[x.dtype])
-    return y
+    return _plus(y, call.residual)
 
 
 def _native_why_not(call: LinearCall) -> str | None:
@@ -53,16 +63,39 @@ def _native_why_not(call: LinearCall) -> str | None:
     return few_rows(NATIVE_ROWS, *call) or native.why_not(*call)
 
 
+def _triton(call: LinearCall) -> Tensor:
+    from longburn.kernels.triton.linear import linear
+
+    return linear(call)
+
+
+def _triton_why_not(call: LinearCall) -> str | None:
+    x, weight = call.x, call.weight
+    if reason := triton.why_not(*call):
+        return reason
+    if x.dtype not in TRITON_ROWS or any(t is not None and t.dtype != x.dtype for t in call):
+        return f"takes fp32, bf16 or fp16, one type for all, got {x.dtype} and {weight.dtype}"
+    if x.numel() > TRITON_ROWS[x.dtype] * x.shape[-1]:
+        return f"computes {TRITON_ROWS[x.dtype]} rows of {x.dtype} at most, got {x.numel() // x.shape[-1]}"
+    if weight.stride(1) != 1 or (call.bias is not None and call.bias.stride(0) != 1):
+        return "rows of the weight, or the bias, have gaps"
+    return None
+
+
 OPERATION: Operation[LinearCall, Tensor] = Operation(
     "linear",
     (
         Impl("native", _native, _native_why_not),
+        Impl("triton", _triton, _triton_why_not),
         Impl("matvec", _matvec, lambda call: few_rows(1, *call)),
-        Impl("reference", lambda call: F.linear(*call), lambda call: None),
+        Impl("reference", _reference, lambda call: None),
     ),
 )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias` for x `[..., in]`, weight `[out, in]` and bias `[out]`."""
-    return OPERATION(LinearCall(x, weight, bias))
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias + residual` for x `[..., in]`, weight `[out, in]`, bias `[out]` and residual `[..., out]`.
+
+    Few rows on a GPU add the residual to the fp32 sum and round once; elsewhere it is added to the rounded product.
+    """
+    return OPERATION(LinearCall(x, weight, bias, residual))

@@ -5,8 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longburn.kernels import native
+from longburn.kernels import native, triton
 from longburn.kernels.registry import Impl, Operation
+
+LARGEST_ROW = 16384  # channels that one program of the Triton kernel holds
 
 
 class NormCall(NamedTuple):
@@ -44,8 +46,30 @@ def _native_why_not(call: NormCall) -> str | None:
     return native.why_not(x, weight)
 
 
+def _triton(call: NormCall) -> Tensor:
+    from longburn.kernels.triton.norm import rms_norm
+
+    return rms_norm(call)
+
+
+def _triton_why_not(call: NormCall) -> str | None:
+    x, weight = call.x, call.weight
+    if reason := triton.why_not(x, weight):
+        return reason
+    if x.dtype not in triton.TYPES or weight.dtype != x.dtype:
+        return f"takes fp32, bf16 or fp16, one type for all, got {x.dtype} and {weight.dtype}"
+    if not (x.is_contiguous() and weight.is_contiguous()):
+        return "x or weight has gaps"
+    return None if x.shape[-1] <= LARGEST_ROW else f"takes {LARGEST_ROW} channels at most, got {x.shape[-1]}"
+
+
 OPERATION: Operation[NormCall, Tensor] = Operation(
-    "rms_norm", (Impl("native", _native, _native_why_not), Impl("reference", _reference, lambda call: None))
+    "rms_norm",
+    (
+        Impl("native", _native, _native_why_not),
+        Impl("triton", _triton, _triton_why_not),
+        Impl("reference", _reference, lambda call: None),
+    ),
 )
 
 

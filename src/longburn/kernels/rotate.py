@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longburn.kernels import native
+from longburn.kernels import native, triton
 from longburn.kernels.registry import Impl, Operation
 
 FEW_POSITIONS = 16  # beyond, PyTorch's vectorised cosine is faster than the C library's
@@ -58,10 +58,25 @@ def _angles_native_why_not(call: AnglesCall) -> str | None:
     return native.unavailable()
 
 
+def _angles_triton(call: AnglesCall) -> tuple[Tensor, Tensor]:
+    from longburn.kernels.triton.rotate import angles
+
+    return angles(call)
+
+
+def _angles_triton_why_not(call: AnglesCall) -> str | None:
+    if reason := triton.why_not(call.positions, call.frequencies):
+        return reason
+    if call.positions.stride(1) != 1 or not call.frequencies.is_contiguous():
+        return "positions or frequencies have gaps"
+    return None if call.dtype == torch.float32 else f"gives fp32, wanted {call.dtype}"
+
+
 ANGLES: Operation[AnglesCall, tuple[Tensor, Tensor]] = Operation(
     "angles",
     (
         Impl("native", _angles_native, _angles_native_why_not),
+        Impl("triton", _angles_triton, _angles_triton_why_not),
         Impl("reference", _angles_reference, lambda call: None),
     ),
 )
@@ -100,10 +115,28 @@ def _rotate_native_why_not(call: RotateCall) -> str | None:
     return native.why_not(x)
 
 
+def _rotate_triton(call: RotateCall) -> Tensor:
+    from longburn.kernels.triton.rotate import rotate
+
+    return rotate(call)
+
+
+def _rotate_triton_why_not(call: RotateCall) -> str | None:
+    x, cos, sin, _ = call
+    if reason := triton.why_not(x, cos, sin):
+        return reason
+    if x.dtype not in triton.TYPES or not (cos.dtype == sin.dtype == torch.float32):
+        return f"takes fp32, bf16 or fp16 and fp32 angles, got {x.dtype} and {cos.dtype}"
+    if x.stride(3) != 1 or not (cos.is_contiguous() and sin.is_contiguous()):
+        return "x has gaps within a head, or the angles have any"
+    return None
+
+
 ROTATE: Operation[RotateCall, Tensor] = Operation(
     "rotate",
     (
         Impl("native", _rotate_native, _rotate_native_why_not),
+        Impl("triton", _rotate_triton, _rotate_triton_why_not),
         Impl("reference", _rotate_reference, lambda call: None),
     ),
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 from longburn.kernels.registry import chosen
 
 NAME = "triton"
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
@@ -36,7 +37,7 @@ def unavailable(*tensors: Tensor | None) -> str | None:
     for tensor in tensors:
         if tensor is None or tensor.device.type == "cuda":
             continue
-        if tensor.device.type != "cpu" or not (interprets() and chosen() == NAME):
+        if tensor.device.type != "cpu" or not (chosen() == NAME and interprets()):
             return f"needs CUDA, got {tensor.device.type}"
     return None
 
@@ -44,3 +45,10 @@ def unavailable(*tensors: Tensor | None) -> str | None:
 def has_gradients(*tensors: Tensor | None) -> bool:
     """Whether somebody wants the gradient of one of these."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def why_not(*tensors: Tensor | None) -> str | None:
+    """Why kernels that have no gradients and cannot be traced cannot take these tensors, or None."""
+    if torch.compiler.is_compiling():
+        return "cannot be traced"
+    return unavailable(*tensors) or ("has no gradients" if has_gradients(*tensors) else None)

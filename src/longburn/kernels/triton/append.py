@@ -1,0 +1,164 @@
+"""Rotation of queries and keys, and the cache append, in one kernel."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longburn.kernels.triton.rotate import channels, rows_of_a_program, turned
+
+if TYPE_CHECKING:
+    from longburn.kernels.append import AppendCall
+
+
+@triton.jit
+def _put(x, inside, d, D, slot, kept, sink_tokens, cache, cache_head, scale, scale_head, before, before_head, LEAST):
+    """x `[n, PAD]` into slots `[n]` where `kept`; each `_head` `[n]` is where the head of the row begins."""
+    if before is not None:
+        apart = kept & (slot < sink_tokens)
+        tl.store(before + (before_head + slot * D)[:, None] + d, x, mask=inside & apart[:, None])
+        kept = kept & (slot >= sink_tokens)
+        slot = slot - sink_tokens
+    if scale is not None:
+        wide = x.to(tl.float32)
+        factor = tl.div_rn(tl.maximum(tl.max(tl.abs(wide), 1), LEAST), 448.0)
+        tl.store(scale + scale_head + slot, factor, mask=kept)
+        x = tl.div_rn(wide, tl.broadcast_to(factor[:, None], wide.shape))
+    at = cache + (cache_head + slot * D)[:, None] + d
+    tl.store(at, x.to(cache.dtype.element_ty), mask=inside & kept[:, None])
+
+
+@triton.jit
+def _append(
+    q,
+    k,
+    v,
+    strides,  # of q, k and v: rows, heads, tokens
+    q_out,
+    q_sink,
+    angles,  # cos and sin, as sink_angles; None where there are none
+    sink_angles,
+    positions,
+    newest,
+    held,
+    row_strides,  # of positions, newest, held, and of the angles in tokens; 0 where all rows share one
+    caches,
+    scales,
+    before,
+    head_strides,  # of caches, scales and before: rows, heads
+    T,
+    H,
+    K,
+    R,
+    D,
+    sink_tokens,
+    ring,
+    nowhere,
+    BLOCK: tl.constexpr,
+    PAD: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LEAST: tl.constexpr,
+):
+    b = tl.program_id(1).to(tl.int64)
+    queries = tl.cdiv(T * H, BLOCK)  # programs
+    program = tl.program_id(0)
+    d = tl.arange(0, PAD)[None, :]
+    if program < queries:
+        if q is not None:
+            n = program * BLOCK + tl.arange(0, BLOCK)
+            valid, t, h = n < T * H, (n // H).to(tl.int64), n % H
+            inside, at = valid[:, None] & (d < D), ((b * H + h) * T + t)[:, None] * D + d
+            row = q + b * strides[0][0] + h * strides[0][1] + t * strides[0][2]
+            x, other = channels(row, valid, R, D, PAD, INTERLEAVED)
+            token = b * row_strides[3] + t
+            if angles is not None:
+                out = turned(x, other, angles[0], angles[1], token, valid, R, PAD)
+                tl.store(q_out + at, out.to(q_out.dtype.element_ty), mask=inside)
+            if sink_angles is not None:
+                out = turned(x, other, sink_angles[0], sink_angles[1], token, valid, R, PAD)
+                tl.store(q_sink + at, out.to(q_sink.dtype.element_ty), mask=inside)
+    else:
+        n = (program - queries) * BLOCK + tl.arange(0, BLOCK)
+        valid, t, h = n < T * K, (n // K).to(tl.int64), n % K
+        inside = valid[:, None] & (d < D)
+        p = tl.load(positions + b * row_strides[0] + t, mask=valid, other=-1)
+        slot, kept = p, p >= 0
+        if ring is not None:
+            slot = tl.where(p < sink_tokens, p, sink_tokens + (p - sink_tokens) % ring)
+            if newest is not None:
+                kept = kept & ((p < sink_tokens) | (p > tl.load(newest + b * row_strides[1]) - ring))
+        kept = kept & (slot < nowhere)  # whatever the positions are, never beyond the buffers
+        tl.store(held + b * row_strides[2] + slot, p, mask=kept & (h == 0) & ((b == 0) | (row_strides[2] > 0)))
+        row = k + b * strides[1][0] + h * strides[1][1] + t * strides[1][2]
+        if angles is not None:
+            x, other = channels(row, valid, R, D, PAD, INTERLEAVED)
+            x = turned(x, other, angles[0], angles[1], b * row_strides[3] + t, valid, R, PAD).to(k.dtype.element_ty)
+        else:
+            x = tl.load(row[:, None] + d, mask=inside, other=0.0)
+        row = v + b * strides[2][0] + h * strides[2][1] + t * strides[2][2]
+        y = tl.load(row[:, None] + d, mask=inside, other=0.0)
+        c = b * head_strides[0][0] + h * head_strides[0][1]
+        s = b * head_strides[1][0] + h * head_strides[1][1]
+        o = b * head_strides[2][0] + h * head_strides[2][1]
+        _put(x, inside, d, D, slot, kept, sink_tokens, caches[0], c, scales[0], s, before[0], o, LEAST)
+        _put(y, inside, d, D, slot, kept, sink_tokens, caches[1], c, scales[1], s, before[1], o, LEAST)
+
+
+def append(call: "AppendCall", least: float) -> tuple[Tensor | None, Tensor | None]:
+    """The Impl `triton` of the operation `append`; `least`: the smallest magnitude that scales divide by."""
+    q, k, v = call.q, call.k, call.v
+    (B, K, T, D), H = k.shape, 0 if q is None else q.shape[1]
+    q_out, q_sink = (
+        None if q is None or pair is None else torch.empty(B, H, T, D, dtype=k.dtype, device=k.device)
+        for pair in (call.angles, call.sink_angles)
+    )
+    if not k.numel():
+        return q if call.angles is None else q_out, q_sink
+    angles = call.angles or call.sink_angles
+    R, ring = 0 if angles is None else angles[0].shape[-1], call.ring
+    newest = call.positions.amax(1) if ring is not None and ring < T else None
+    scales, before = call.scales or (None, None), call.before or (None, None)
+    block = rows_of_a_program(B * T * max(H, K))
+    queries = 0 if q_out is None and q_sink is None else H
+    _append[(triton.cdiv(T * queries, block) + triton.cdiv(T * K, block), B)](
+        q if queries else None,
+        k,
+        v,
+        tuple((0, 0, 0) if x is None else x.stride()[:3] for x in (q, k, v)),
+        q_out,
+        q_sink,
+        call.angles,
+        call.sink_angles,
+        call.positions,
+        newest,
+        call.held,
+        (
+            _row_stride(call.positions),
+            0 if newest is None else _row_stride(newest),
+            _row_stride(call.held),
+            0 if angles is None or angles[0].shape[0] == 1 else T,
+        ),
+        (call.k_cache, call.v_cache),
+        scales,
+        before,
+        tuple((0, 0) if x is None else x.stride()[:2] for x in (call.k_cache, scales[0], before[0])),
+        T,
+        queries,
+        K,
+        R,
+        D,
+        call.sink_tokens,
+        ring,
+        call.held.shape[1] - 1,
+        BLOCK=block,
+        PAD=triton.next_power_of_2(D),
+        INTERLEAVED=call.interleaved,
+        LEAST=least,
+    )
+    return q if call.angles is None else q_out, q_sink
+
+
+def _row_stride(tensor: Tensor) -> int:
+    return 0 if tensor.shape[0] == 1 else tensor.stride(0)

@@ -1,0 +1,60 @@
+"""Root-mean-square normalisation and the gated activation: one pass over rows."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from longburn.kernels.norm import NormCall
+
+GATED_BLOCK = 1024
+
+
+@triton.jit
+def _rms_norm(x, weight, y, size, stride, EPS: tl.constexpr, BLOCK: tl.constexpr, ROUND_LAST: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < size
+    w = tl.load(weight + cols, mask=inside, other=0.0)
+    wide = tl.load(x + row * stride + cols, mask=inside, other=0.0).to(tl.float32)
+    normed = wide * tl.rsqrt(tl.sum(wide * wide, 0) / size + EPS)
+    if ROUND_LAST:
+        normed = normed * w.to(tl.float32)
+    else:
+        normed = normed.to(y.dtype.element_ty).to(tl.float32) * w.to(tl.float32)
+    tl.store(y + row * size + cols, normed.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gated(x, y, hidden, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < hidden
+    gate = tl.load(x + 2 * row * hidden + cols, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + (2 * row + 1) * hidden + cols, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * hidden + cols, (gate * tl.sigmoid(gate) * up).to(y.dtype.element_ty), mask=inside)
+
+
+def rms_norm(call: "NormCall") -> Tensor:
+    """The Impl `triton` of the operation `rms_norm`; x is contiguous."""
+    x, size = call.x, call.x.shape[-1]
+    y = torch.empty_like(x)
+    if x.numel():
+        block = triton.next_power_of_2(size)
+        flags = {"EPS": call.eps, "BLOCK": block, "ROUND_LAST": call.round_last}
+        warps = min(max(block // 512, 1), 16)
+        _rms_norm[(x.numel() // size,)](x, call.weight, y, size, size, **flags, num_warps=warps)
+    return y
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """The Impl `triton` of the operation `gated`; gate_up is contiguous."""
+    *rows, both = gate_up.shape
+    y = torch.empty(*rows, both // 2, dtype=gate_up.dtype, device=gate_up.device)
+    if y.numel():
+        grid = (gate_up.numel() // both, triton.cdiv(both // 2, GATED_BLOCK))
+        _gated[grid](gate_up, y, both // 2, BLOCK=GATED_BLOCK)
+    return y
