@@ -80,6 +80,14 @@ def test_a_window_bounds_the_cache(invoke, tiny) -> None:
     assert many["stats"]["position"] > 3 * few["stats"]["position"]
 
 
+def test_a_cache_in_fp8_is_smaller(invoke, tiny) -> None:
+    model, fp8 = (
+        as_json(invoke, tiny, "--prompt", PROMPT, *GREEDY, "--kv-cache", kind)["stats"]["cache_bytes"]
+        for kind in ("model", "fp8")
+    )
+    assert model / 4 < fp8 < model / 2  # of fp32: a quarter, and the scales
+
+
 def test_sink_tokens_and_positions_reach_the_model(invoke, tiny) -> None:
     def text(*arguments) -> str:
         return as_json(invoke, tiny, "--prompt", PROMPT * 20, "--window", "16", *arguments, *GREEDY)["text"]

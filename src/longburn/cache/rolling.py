@@ -214,7 +214,8 @@ class RollingKVCache:
         pos = torch.cat([pos, step.positions[:, new]], 1)
         head, first = (0, 0) if low == sinks else (sinks, low)
         known = Known(run.start, run.size, pos.shape[1], head, first, True, run.offset)
-        return KeyValues(k[:, :, new], v[:, :, new], pos, (known,), False, (old_k, old_v), None, *turned)
+        before = (old_k, old_v) if old_k.shape[2] else None
+        return KeyValues(k[:, :, new], v[:, :, new], pos, (known,), False, before, None, *turned)
 
     # --- going back --------------------------------------------------------------------------------------------------
 
