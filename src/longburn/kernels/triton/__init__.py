@@ -12,15 +12,14 @@ NAME = "triton"
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@cache
-def _missing() -> str | None:
-    return None if find_spec("triton") else "needs the package triton"
+# Not a cached function: the compiler reads a constant, but warns of caches.
+_MISSING = None if find_spec("triton") else "needs the package triton"
 
 
 @cache
 def interprets() -> bool:
     """Whether Triton computes on the CPU, slowly, to test kernels without a GPU (`TRITON_INTERPRET=1`)."""
-    if _missing():
+    if _MISSING:
         return False
     from triton import knobs
 
@@ -32,14 +31,27 @@ def unavailable(*tensors: Tensor | None) -> str | None:
 
     On the CPU they run only by name, `use_impl("triton")`, and only in Triton's interpreter.
     """
-    if reason := _missing():
-        return reason
+    if _MISSING:
+        return _MISSING
     for tensor in tensors:
         if tensor is None or tensor.device.type == "cuda":
             continue
         if tensor.device.type != "cpu" or not (chosen() == NAME and interprets()):
             return f"needs CUDA, got {tensor.device.type}"
     return None
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel there can start while the one before it ends (programmatic dependent launch, from Hopper on).
+
+    Such a kernel says `gdc_wait` before it reads or overwrites what another has touched.
+    """
+    return device.type == "cuda" and _capability(device)[0] >= 9
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def has_gradients(*tensors: Tensor | None) -> bool:

@@ -1,0 +1,106 @@
+"""Attention by the kernels in Triton: decode and prefill.
+
+Where PyTorch's compiler looks on, a call goes through one opaque operator,
+`torch.ops.longburn.attend`, as tensors and numbers.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from longburn.kernels import triton
+from longburn.kernels.attend.call import AttendCall, AttendResult, BiasTerms, Known, joined
+
+MAX_HEAD = 256
+
+
+def why_not(call: AttendCall) -> str | None:
+    """Why Triton's kernels cannot, or should not, compute this call."""
+    q, D, Dv = call.q, call.q.shape[3], call.v.shape[3]
+    if reason := triton.unavailable(q, call.k, call.v):
+        return reason
+    if q.dtype not in triton.TYPES:
+        return f"computes bf16, fp16 and fp32, got {q.dtype}"
+    if Dv != D or D > MAX_HEAD:
+        return f"takes one head size of at most {MAX_HEAD}, got {D} and {Dv}"
+    if call.scale <= 0:
+        return f"takes a positive scale, got {call.scale}"
+    if call.needs_grad:
+        return "has no gradients"
+    return None
+
+
+def attend_triton(call: AttendCall) -> AttendResult:
+    """The output in the type of q and the log-sum-exp in fp32."""
+    if not torch.compiler.is_compiling():
+        return _compute(call)
+    result: AttendResult = torch.ops.longburn.attend(*_flat(call))
+    return result
+
+
+def _compute(call: AttendCall) -> AttendResult:
+    """The first kernel that takes the call."""
+    from longburn.kernels.triton.decode import decode, decode_why_not
+    from longburn.kernels.triton.prefill import prefill
+
+    if decode_why_not(call) is None:
+        return decode(call)
+    return prefill(call if call.scales is None else joined(call))
+
+
+# --- the operator ----------------------------------------------------------------------------------------------------
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? q_sink, Tensor? sinks, "
+    "Tensor? slope, Tensor? key, Tensor? row, Tensor? table, Tensor? dense, Tensor q_pos, Tensor k_pos, "
+    "Tensor? before_k, Tensor? before_v, Tensor? k_scale, Tensor? v_scale, float scale, SymInt? window, "
+    "SymInt sink_tokens, SymInt? lookahead, SymInt block, SymInt zero, SymInt[]? known, bool ascending"
+)
+
+
+def _flat(call: AttendCall) -> tuple[Any, ...]:
+    """The arguments of the operator."""
+    bias = call.bias or BiasTerms()
+    known = None if call.known is None else [int(number) for one in call.known for number in one]
+    return (
+        *(call.q, call.k, call.v, call.q_sink, call.sinks, bias.slope, bias.key, bias.row, bias.table, bias.dense),
+        *(call.q_pos, call.k_pos, *(call.before or (None, None)), *(call.scales or (None, None))),
+        *(call.scale, call.window, call.sink_tokens, call.lookahead, call.block, bias.zero, known, call.ascending),
+    )
+
+
+def _call(flat: Sequence[Any]) -> AttendCall:
+    q, k, v, q_sink, sinks, slope, key, row, table, dense = flat[:10]
+    q_pos, k_pos, before_k, before_v, k_scale, v_scale = flat[10:16]
+    scale, window, sink_tokens, lookahead, block, zero, known, ascending = flat[16:]
+    terms = (slope, key, row, table, dense)
+    fields = len(Known._fields)
+    return AttendCall(
+        *(q, k, v, q_pos, k_pos, scale, window, sink_tokens, lookahead, block),
+        bias=None if all(term is None for term in terms) else BiasTerms(slope, key, row, table, zero, dense),
+        sinks=sinks,
+        q_sink=q_sink,
+        known=known and tuple(Known(*known[at : at + fields]) for at in range(0, len(known), fields)),
+        ascending=ascending,
+        before=None if before_k is None else (before_k, before_v),
+        scales=None if k_scale is None else (k_scale, v_scale),
+        wants_lse=True,
+    )
+
+
+def _attend(*flat: Any) -> AttendResult:
+    out, lse = _compute(_call(flat))
+    # What the compiler was told of their layout holds whichever kernel ran.
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
+
+
+def _attend_fake(*flat: Any) -> AttendResult:
+    q = flat[0]
+    B, H, T, D = q.shape
+    return q.new_empty(B, T, H, D).transpose(1, 2), q.new_empty(B, H, T, dtype=torch.float32)
+
+
+torch.library.define("longburn::attend", f"({_ARGUMENTS}) -> (Tensor, Tensor)")
+torch.library.impl("longburn::attend", ("cpu", "cuda"), _attend)
+torch.library.register_fake("longburn::attend", _attend_fake)

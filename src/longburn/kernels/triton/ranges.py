@@ -1,0 +1,214 @@
+"""Which tiles of keys a tile of queries visits, as five numbers.
+
+Tiles `0 .. kept - 1` hold all keys that a window keeps for ever; `low .. high - 1` what else is seen, and of these
+`full_low .. full_high - 1` are seen by every query, entirely. `low` is at least `kept`. Where the host knows the order
+of the keys the numbers follow from its own, else a small kernel reads the positions.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longburn.kernels.attend.call import AttendCall
+from longburn.kernels.triton import arguments
+from longburn.kernels.triton.tiles import last_seen, tile_start, tiles_over, tiles_within
+
+NUMBERS = tl.constexpr(5)
+MANY = tl.constexpr(1 << 30)  # more tiles than there are
+ENDLESS = tl.constexpr(1 << 62)  # later than every position
+TILES = 16  # looked at together
+_UNSPECIALISED = ["q_pos_stride", "k_pos_stride", "T", "S0", "S", "window", "sink_tokens", "lookahead"]
+
+
+@triton.jit
+def known_ranges(
+    first,
+    last,
+    q_rest,
+    q_base,
+    head,
+    k_shift,
+    keys,
+    S0,
+    window,
+    sink_tokens,
+    lookahead,
+    BLOCK: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The ranges of queries at relative positions `first .. last` over keys in order (see `prefill`)."""
+    end, full_end = keys, keys
+    if BOUNDED:
+        end = last_seen(last, True, (last + q_rest) % BLOCK, lookahead, BLOCK, True) - k_shift + 1
+        full_end = last_seen(first, True, (first + q_rest) % BLOCK, lookahead, BLOCK, True) - k_shift + 1
+    end = tl.minimum(tl.maximum(end, head), keys)
+    full_end = tl.maximum(tl.minimum(full_end, keys), 0)
+    begin, full_begin = head, head
+    if WINDOWED:
+        begin = tl.maximum(first - window + 1 - k_shift, head)
+        full_begin = tl.maximum(last - window + 1 - k_shift, head)
+    kept_end = tl.minimum(tl.maximum(sink_tokens - q_base - k_shift, head), end)
+    kept = tiles_over(kept_end, S0, BN)
+    low = tl.maximum(tiles_within(begin, S0, BN), kept)
+    high = tl.maximum(tiles_over(end, S0, BN), low)
+    full_low = tl.minimum(tl.maximum(tiles_over(full_begin, S0, BN), tl.maximum(low, tl.cdiv(S0, BN))), high)
+    full_high = tl.minimum(tl.maximum(tiles_within(full_end, S0, BN), full_low), high)
+    return kept, low, full_low, full_high, high
+
+
+@triton.jit
+def _first_seen(position, window, WINDOWED: tl.constexpr):
+    """The first position that a query at this one (int64, not negative) sees."""
+    return position - window + 1 if WINDOWED else position * 0
+
+
+@triton.jit
+def _last_seen(position, lookahead, BLOCK: tl.constexpr, BOUNDED: tl.constexpr):
+    last = position * 0 + ENDLESS
+    if BOUNDED:
+        last = position + lookahead
+        if BLOCK > 1:
+            last = tl.maximum(last, position - position % BLOCK + BLOCK - 1)
+    return last
+
+
+@triton.jit
+def _run(low, full_low, full_high, high, i, seen, whole):
+    """The ranges so far, with these tiles: those seen, and the first stretch of those that are seen entirely."""
+    low = tl.minimum(low, tl.min(tl.where(seen, i, MANY), 0))
+    high = tl.maximum(high, tl.max(tl.where(seen, i + 1, 0), 0))
+    full_low = tl.minimum(full_low, tl.min(tl.where(whole, i, MANY), 0))
+    full_high = tl.minimum(full_high, tl.min(tl.where((i > full_low) & ~whole, i, MANY), 0))
+    return low, full_low, full_high, high
+
+
+@triton.jit
+def _write(ranges, kept, low, full_low, full_high, high):
+    """`high` and the stretch seen entirely must not lie below `low`."""
+    high = tl.maximum(high, low)
+    full_low = tl.minimum(tl.maximum(full_low, low), high)
+    full_high = tl.minimum(tl.maximum(full_high, full_low), high)
+    tl.store(ranges, kept)
+    tl.store(ranges + 1, low)
+    tl.store(ranges + 2, full_low)
+    tl.store(ranges + 3, full_high)
+    tl.store(ranges + 4, high)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def _of_queries(
+    q_pos,
+    k_pos,
+    q_pos_stride,
+    k_pos_stride,
+    ranges,
+    T,
+    S0,
+    S,
+    window,
+    sink_tokens,
+    lookahead,
+    BLOCK: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    G: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """What one tile of queries (BM rows, G a token) visits; TILES tiles of keys are looked at together."""
+    tile, b = tl.program_id(0), tl.program_id(1)
+    t = tile * BM // G + tl.arange(0, TOKENS)
+    last_t = tl.minimum((tile * BM + BM - 1) // G, T - 1)
+    p = tl.load(q_pos + b * q_pos_stride + t, mask=t <= last_t, other=-1)
+    newest, oldest = tl.max(p, 0), tl.min(tl.where(p >= 0, p, ENDLESS), 0)
+    first, last = _first_seen(oldest, window, WINDOWED), _last_seen(newest, lookahead, BLOCK, BOUNDED)
+    all_first, all_last = _first_seen(newest, window, WINDOWED), _last_seen(oldest, lookahead, BLOCK, BOUNDED)
+    tiles0 = tl.cdiv(S0, BN)
+    kept, low, full_low, full_high, high = 0, 0 + MANY, 0 + MANY, 0 + MANY, 0
+    for start in range(0, tiles0 + tl.cdiv(S, BN), TILES):
+        i = start + tl.arange(0, TILES)
+        column = tile_start(i, S0, BN)[:, None] + tl.arange(0, BN)[None, :]
+        inside = column < tl.where(i < tiles0, S0, S0 + S)[:, None]
+        j = tl.load(k_pos + b * k_pos_stride + column, mask=inside, other=-1)
+        oldest_key, newest_key = tl.min(tl.where(j >= 0, j, ENDLESS), 1), tl.max(j, 1)
+        near = (oldest_key <= last) & (newest >= 0)
+        kept = tl.maximum(kept, tl.max(tl.where(near & (oldest_key < sink_tokens), i + 1, 0), 0))
+        whole = (tl.min(j, 1) >= 0) & (newest >= 0) & (newest_key <= all_last) & (oldest_key >= all_first)
+        whole &= i >= tiles0
+        low, full_low, full_high, high = _run(low, full_low, full_high, high, i, near & (newest_key >= first), whole)
+    at = ranges + (b * tl.num_programs(0) + tile) * NUMBERS
+    _write(at, kept, tl.maximum(low, kept), full_low, full_high, high)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def _of_keys(
+    q_pos,
+    k_pos,
+    q_pos_stride,
+    k_pos_stride,
+    ranges,
+    T,
+    S0,
+    S,
+    window,
+    sink_tokens,
+    lookahead,
+    BLOCK: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Which tiles of BT tokens see one tile of keys. The first number says whether a window keeps any of the keys."""
+    tile, b = tl.program_id(0), tl.program_id(1)
+    column = tile_start(tile, S0, BN) + tl.arange(0, BN)
+    inside = column < tl.where(tile < tl.cdiv(S0, BN), S0, S0 + S)
+    j = tl.load(k_pos + b * k_pos_stride + column, mask=inside, other=-1)
+    newest_key, oldest_key = tl.max(j, 0), tl.min(tl.where(j >= 0, j, ENDLESS), 0)
+    kept = (oldest_key < sink_tokens).to(tl.int32)
+    low, full_low, full_high, high = 0 + MANY, 0 + MANY, 0 + MANY, 0
+    for start in range(0, tl.cdiv(T, BT), TILES):
+        i = start + tl.arange(0, TILES)
+        t = i[:, None] * BT + tl.arange(0, BT)[None, :]
+        p = tl.load(q_pos + b * q_pos_stride + t, mask=t < T, other=-1)
+        newest, oldest = tl.max(p, 1), tl.min(tl.where(p >= 0, p, ENDLESS), 1)
+        first, last = _first_seen(oldest, window, WINDOWED), _last_seen(newest, lookahead, BLOCK, BOUNDED)
+        all_first, all_last = _first_seen(newest, window, WINDOWED), _last_seen(oldest, lookahead, BLOCK, BOUNDED)
+        seen = (newest >= 0) & (oldest_key <= last) & ((newest_key >= first) | (kept > 0))
+        whole = (tl.min(p, 1) >= 0) & (tl.min(j, 0) >= 0) & (newest_key <= all_last) & (oldest_key >= all_first)
+        whole &= kept == 0
+        low, full_low, full_high, high = _run(low, full_low, full_high, high, i, seen, whole)
+    _write(ranges + (b * tl.num_programs(0) + tile) * NUMBERS, kept, low, full_low, full_high, high)
+
+
+def of_queries(call: AttendCall, BM: int, BN: int) -> Tensor:
+    """`[rows of positions, tiles, 5]` int32: what each tile of BM rows of queries visits among tiles of BN keys."""
+    T, G = call.q.shape[2], call.groups
+    ranges = _numbers(call, triton.cdiv(T * G, BM))
+    tokens = triton.next_power_of_2(triton.cdiv(BM - 1, G) + 1)
+    shared = {**arguments.positions(call), **arguments.sizes(call), **arguments.law(call)}
+    _of_queries[ranges.shape[1::-1]](**shared, ranges=ranges, G=G, TOKENS=tokens, BM=BM, BN=BN, TILES=TILES)
+    return ranges
+
+
+def of_keys(call: AttendCall, BT: int, BN: int) -> Tensor:
+    """`[rows of positions, tiles of BN keys, 5]` int32: which tiles of BT tokens see each tile of keys."""
+    ranges = _numbers(call, tiles_of_keys(call, BN))
+    shared = {**arguments.positions(call), **arguments.sizes(call), **arguments.law(call)}
+    _of_keys[ranges.shape[1::-1]](**shared, ranges=ranges, BT=BT, BN=BN, TILES=TILES)
+    return ranges
+
+
+def tiles_of_keys(call: AttendCall, BN: int) -> int:
+    return int(triton.cdiv(arguments.first_slots(call), BN) + triton.cdiv(call.k.shape[2], BN))
+
+
+def _numbers(call: AttendCall, tiles: int) -> Tensor:
+    rows = max(call.q_pos.shape[0], call.k_pos.shape[0])
+    return torch.empty(rows, tiles, NUMBERS.value, dtype=torch.int32, device=call.q.device)
