@@ -94,6 +94,7 @@ class Attention(nn.Module):
         *,
         cache: RollingKVCache | None = None,
         bias: BiasPolicy | Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Attend within x, and to what the cache holds.
 
@@ -103,6 +104,7 @@ class Attention(nn.Module):
                 lets the layers of a model share what they derive from it). Default without a cache: `0 .. T - 1`.
             cache: this layer's; x is written to it. None: x is all there is.
             bias: a policy, or a tensor `[B|1, H|1, T, P]` whose columns are the absolute key positions `0 .. P - 1`.
+            residual: `[B, T, M]`, added to the result.
 
         Returns:
             `[B, T, M]`; rows without a token are the output projection of 0.
@@ -136,7 +138,7 @@ class Attention(nn.Module):
             before=held.before,
             scales=held.scales,
         )
-        return linear(out.transpose(1, 2).reshape(B, T, -1), self.out.weight, self.out.bias)
+        return linear(out.transpose(1, 2).reshape(B, T, -1), self.out.weight, self.out.bias, residual=residual)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """q and k, normed and scaled but not yet rotated, heads of one tensor `[B, H + K, T, D]`; v `[B, K, T, D]`."""
