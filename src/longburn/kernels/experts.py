@@ -16,8 +16,10 @@ from longburn.kernels import native
 from longburn.kernels.feedforward import clamped_swiglu
 from longburn.kernels.mxfp4 import Mxfp4, dequantize
 from longburn.kernels.registry import Impl, Operation
+from longburn.kernels.triton import has_gradients, unavailable
 
 FEW = 4  # choices for each expert there is, up to which weights are read packed; beyond, it pays to unpack them first
+TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 MXFP4 = 2  # beside native.TYPES, for weights
 
 
@@ -113,10 +115,36 @@ def _native_why_not(call: ExpertsCall) -> str | None:
     return native.unavailable()
 
 
+def _tensors(weight: Tensor | Mxfp4) -> tuple[Tensor, ...]:
+    return tuple(weight) if isinstance(weight, Mxfp4) else (weight,)
+
+
+def _triton(call: ExpertsCall) -> Tensor:
+    from longburn.kernels.triton.experts import experts
+
+    return experts(call)
+
+
+def _triton_why_not(call: ExpertsCall) -> str | None:
+    read = (*_tensors(call.gate_up), call.gate_up_bias, *_tensors(call.down), call.down_bias)
+    floating = [t for t in (call.x, call.weights, call.residual, *read) if t is not None and t.dtype != torch.uint8]
+    if reason := unavailable(call.x, call.chosen, call.weights, call.residual, *read):
+        return reason
+    if has_gradients(*floating):
+        return "has no gradients"
+    if not all(tensor.is_contiguous() for tensor in read):
+        return "a weight has gaps"
+    for tensor in floating:
+        if tensor.dtype not in TRITON_TYPES:
+            return f"takes fp32, bf16 or fp16, got {tensor.dtype}"
+    return None
+
+
 OPERATION: Operation[ExpertsCall, Tensor] = Operation(
     "experts",
     (
         Impl("native", _native, _native_why_not),
+        Impl("triton", _triton, _triton_why_not),
         Impl("grouped", grouped.experts_grouped, grouped.why_not),
         Impl("reference", _reference, lambda call: None),
     ),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longburn.kernels import native
 from longburn.kernels.registry import Impl, Operation
+from longburn.kernels.triton import unavailable
 
 BLOCK = 32  # values that share a scale
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -64,8 +65,27 @@ def _native_why_not(call: DequantizeCall) -> str | None:
     return native.unavailable()
 
 
+def _triton(call: DequantizeCall) -> Tensor:
+    from longburn.kernels.triton.mxfp4 import dequantize
+
+    return dequantize(call)
+
+
+def _triton_why_not(call: DequantizeCall) -> str | None:
+    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"gives fp32, bf16 or fp16, wanted {call.dtype}"
+    if not all(tensor.is_contiguous() for tensor in call.weight):
+        return "the weight has gaps"
+    return unavailable(*call.weight)
+
+
 DEQUANTIZE: Operation[DequantizeCall, Tensor] = Operation(
-    "dequantize", (Impl("native", _native, _native_why_not), Impl("reference", _reference, lambda call: None))
+    "dequantize",
+    (
+        Impl("native", _native, _native_why_not),
+        Impl("triton", _triton, _triton_why_not),
+        Impl("reference", _reference, lambda call: None),
+    ),
 )
 
 

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from longburn.kernels import native
 from longburn.kernels.registry import Impl, Operation
+from longburn.kernels.triton import has_gradients, unavailable
 
-FEW = 16  # tokens; beyond, PyTorch's selection is the faster one
+FEW = 16  # tokens; beyond, PyTorch's selection is the faster one on the CPU
+MOST = 1024  # experts, of which a GPU holds a token's logits in registers
 
 
 class RouteCall(NamedTuple):
@@ -47,8 +49,32 @@ def _native_why_not(call: RouteCall) -> str | None:
     return native.why_not(logits)
 
 
+def _triton(call: RouteCall) -> Routed:
+    from longburn.kernels.triton.route import route
+
+    return route(call)
+
+
+def _triton_why_not(call: RouteCall) -> str | None:
+    logits = call.logits
+    if reason := unavailable(logits):
+        return reason
+    if has_gradients(logits):
+        return "has no gradients"
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes fp32, bf16 or fp16, got {logits.dtype}"
+    if logits.shape[1] > MOST:
+        return f"takes {MOST} experts at most, got {logits.shape[1]}"
+    return None if logits.stride(1) == 1 else "logits have gaps"
+
+
 OPERATION: Operation[RouteCall, Routed] = Operation(
-    "route", (Impl("native", _native, _native_why_not), Impl("reference", _reference, lambda call: None))
+    "route",
+    (
+        Impl("native", _native, _native_why_not),
+        Impl("triton", _triton, _triton_why_not),
+        Impl("reference", _reference, lambda call: None),
+    ),
 )
 
 
