@@ -12,13 +12,14 @@ from longburn.kernels.registry import Impl, Operation
 
 
 class SwiGLUCall(NamedTuple):
-    """x `[..., dim]`, gate_up `[2 * hidden, dim]` (gate first), down `[out, hidden]`, and their biases or None."""
+    """x `[..., dim]`, gate_up `[2 * hidden, dim]` (gate first), down `[out, hidden]`, their biases and a residual."""
 
     x: Tensor
     gate_up: Tensor
     gate_up_bias: Tensor | None
     down: Tensor
     down_bias: Tensor | None
+    residual: Tensor | None = None  # [..., out]
 
 
 def _gated_reference(gate_up: Tensor) -> Tensor:
@@ -69,7 +70,8 @@ GATED: Operation[Tensor, Tensor] = Operation(
 
 
 def _reference(call: SwiGLUCall) -> Tensor:
-    return linear(GATED(linear(call.x, call.gate_up, call.gate_up_bias)), call.down, call.down_bias)
+    hidden = GATED(linear(call.x, call.gate_up, call.gate_up_bias))
+    return linear(hidden, call.down, call.down_bias, residual=call.residual)
 
 
 def _native(call: SwiGLUCall) -> Tensor:
@@ -78,7 +80,7 @@ def _native(call: SwiGLUCall) -> Tensor:
     tensors = (call.gate_up, call.gate_up_bias, call.down, call.down_bias, x, y)
     sizes = (x.numel() // x.shape[-1], out, hidden, x.shape[-1], native.TYPES[x.dtype])
     native.launch("swiglu", *map(native.address, tensors), *sizes)
-    return y
+    return y if call.residual is None else call.residual + y
 
 
 def _native_why_not(call: SwiGLUCall) -> str | None:
@@ -93,10 +95,17 @@ OPERATION: Operation[SwiGLUCall, Tensor] = Operation(
 
 
 def swiglu(
-    x: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`down(silu(gate(x)) * up(x))` for x `[..., dim]`; gate and up are the halves of `gate_up` `[2 * hidden, dim]`."""
-    return OPERATION(SwiGLUCall(x, gate_up, gate_up_bias, down, down_bias))
+    """`down(silu(gate(x)) * up(x)) + residual` for x `[..., dim]` and residual `[..., out]`, which is rounded as of
+    `linear`; gate and up are the halves of `gate_up` `[2 * hidden, dim]`."""
+    return OPERATION(SwiGLUCall(x, gate_up, gate_up_bias, down, down_bias, residual))
 
 
 def clamped_swiglu(gate_up: Tensor, *, alpha: float = 1.702, limit: float = 7.0) -> Tensor:

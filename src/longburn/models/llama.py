@@ -117,8 +117,8 @@ class LlamaBlock(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, dtype=dtype)
 
     def forward(self, x: Tensor, step: Step, cache: RollingKVCache | None) -> Tensor:
-        x = x + self.attention.forward(self.attention_norm.forward(x), step, cache=cache)
-        return x + self.mlp.forward(self.mlp_norm.forward(x))
+        x = self.attention.forward(self.attention_norm.forward(x), step, cache=cache, residual=x)
+        return self.mlp.forward(self.mlp_norm.forward(x), residual=x)
 
 
 class Llama(Decoder):

@@ -27,7 +27,7 @@ class SwiGLU(nn.Module):
         self.gate_up = nn.Linear(dim, 2 * hidden, bias=bias, dtype=dtype, device=device)
         self.down = nn.Linear(hidden, dim, bias=bias, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., dim]` to `[..., dim]`."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`[..., dim]` to `[..., dim]`; the residual, of the same shape, is added to the result."""
         gate_up, down = self.gate_up, self.down
-        return swiglu(x, gate_up.weight, down.weight, gate_up.bias, down.bias)
+        return swiglu(x, gate_up.weight, down.weight, gate_up.bias, down.bias, residual=residual)

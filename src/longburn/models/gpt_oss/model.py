@@ -49,8 +49,8 @@ class GptOssBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, step: Step, cache: RollingKVCache | None) -> Tensor:
-        x = x + self.attention.forward(self.attention_norm.forward(x), step, cache=cache)
-        return x + self.mlp.forward(self.mlp_norm.forward(x))
+        x = self.attention.forward(self.attention_norm.forward(x), step, cache=cache, residual=x)
+        return self.mlp.forward(self.mlp_norm.forward(x), residual=x)
 
 
 class GptOss(Decoder):
