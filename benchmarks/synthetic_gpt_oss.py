@@ -66,6 +66,8 @@ def numbers(name: str, info: TensorInfo) -> NDArray[np.unsignedinteger] | None:
     mean, spread = 0.0, info.shape[-1] ** -0.5  # of a linear map: its output is as large as its input
     if name.endswith("norm.weight"):
         mean, spread = 1.0, 0.1
+    elif name.endswith("router.weight"):
+        spread *= 3  # a token's last expert then counts little, and so does which one rounding makes it
     elif name.endswith("bias"):
         spread = 0.1
     elif name.endswith(("sinks", "embed.weight")):

@@ -76,7 +76,7 @@ def load_checkpoint(
     """Fills `model`, which is best built under `torch.device("meta")`, from a checkpoint.
 
     One tensor is read at a time, and one that stays as it is goes straight to its place. So beyond what is placed the
-    host holds at most the largest tensor of the checkpoint; of those that stay as they are and go to a GPU, 256 MiB. A
+    host holds at most the largest tensor of the checkpoint; of those that stay as they are and go to a GPU, 128 MiB. A
     parameter that the model has under several names stays shared: the checkpoint may hold it under one of them, or
     under more with equal values.
 

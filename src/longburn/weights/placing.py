@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 PIECE = 1 << 25  # bytes
-READERS = min(8, os.cpu_count() or 1)
+READERS = min(4, os.cpu_count() or 1)
 
 Piece = tuple[int, Tensor]  # where it begins in the file, and the bytes to fill
 
