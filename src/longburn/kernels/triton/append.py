@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from longburn.kernels.triton import overlaps
 from longburn.kernels.triton.rotate import channels, rows_of_a_program, turned
 
 if TYPE_CHECKING:
@@ -28,6 +30,55 @@ def _put(x, inside, d, D, slot, kept, sink_tokens, cache, cache_head, scale, sca
         x = tl.div_rn(wide, tl.broadcast_to(factor[:, None], wide.shape))
     at = cache + (cache_head + slot * D)[:, None] + d
     tl.store(at, x.to(cache.dtype.element_ty), mask=inside & kept[:, None])
+
+
+@triton.jit
+def _write(
+    n, b, k, v, strides, angles, positions, newest, held, row_strides, caches, scales, before, head_strides,
+    T, K, R, D, sink_tokens, ring, nowhere, PAD: tl.constexpr, INTERLEAVED: tl.constexpr, LEAST: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of the heads and tokens `n` of row b into their slots."""
+    valid, t, h, d = n < T * K, (n // K).to(tl.int64), n % K, tl.arange(0, PAD)[None, :]
+    inside = valid[:, None] & (d < D)
+    p = tl.load(positions + b * row_strides[0] + t, mask=valid, other=-1)
+    slot, kept = p, p >= 0
+    if ring is not None:
+        slot = tl.where(p < sink_tokens, p, sink_tokens + (p - sink_tokens) % ring)
+        if newest is not None:
+            kept = kept & ((p < sink_tokens) | (p > tl.load(newest + b * row_strides[1]) - ring))
+    kept = kept & (slot < nowhere)  # whatever the positions are, never beyond the buffers
+    tl.store(held + b * row_strides[2] + slot, p, mask=kept & (h == 0) & ((b == 0) | (row_strides[2] > 0)))
+    row = k + b * strides[1][0] + h * strides[1][1] + t * strides[1][2]
+    if angles is not None:
+        wide, other = channels(row, valid, R, D, PAD, INTERLEAVED)
+        x = turned(wide, other, angles[0], angles[1], b * row_strides[3] + t, valid, R, PAD).to(k.dtype.element_ty)
+    else:
+        x = tl.load(row[:, None] + d, mask=inside, other=0.0)
+    row = v + b * strides[2][0] + h * strides[2][1] + t * strides[2][2]
+    y = tl.load(row[:, None] + d, mask=inside, other=0.0)
+    c = b * head_strides[0][0] + h * head_strides[0][1]
+    s = b * head_strides[1][0] + h * head_strides[1][1]
+    o = b * head_strides[2][0] + h * head_strides[2][1]
+    _put(x, inside, d, D, slot, kept, sink_tokens, caches[0], c, scales[0], s, before[0], o, LEAST)
+    _put(y, inside, d, D, slot, kept, sink_tokens, caches[1], c, scales[1], s, before[1], o, LEAST)
+
+
+@triton.jit
+def _turn(
+    n, b, q, strides, q_out, q_sink, angles, sink_angles, row_strides,
+    T, H, R, D, PAD: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Queries of the heads and tokens `n` of row b, by both pairs of angles."""
+    valid, t, h, d = n < T * H, (n // H).to(tl.int64), n % H, tl.arange(0, PAD)[None, :]
+    inside, at = valid[:, None] & (d < D), ((b * H + h) * T + t)[:, None] * D + d
+    row, token = q + b * strides[0][0] + h * strides[0][1] + t * strides[0][2], b * row_strides[3] + t
+    x, other = channels(row, valid, R, D, PAD, INTERLEAVED)
+    if angles is not None:
+        out = turned(x, other, angles[0], angles[1], token, valid, R, PAD)
+        tl.store(q_out + at, out.to(q_out.dtype.element_ty), mask=inside)
+    if sink_angles is not None:
+        far = turned(x, other, sink_angles[0], sink_angles[1], token, valid, R, PAD)
+        tl.store(q_sink + at, far.to(q_sink.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -60,50 +111,25 @@ def _append(
     PAD: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     LEAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     b = tl.program_id(1).to(tl.int64)
-    queries = tl.cdiv(T * H, BLOCK)  # programs
-    program = tl.program_id(0)
-    d = tl.arange(0, PAD)[None, :]
-    if program < queries:
+    queries = tl.cdiv(T * H, BLOCK) if q is not None else 0  # programs
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(0) < queries:
         if q is not None:
-            n = program * BLOCK + tl.arange(0, BLOCK)
-            valid, t, h = n < T * H, (n // H).to(tl.int64), n % H
-            inside, at = valid[:, None] & (d < D), ((b * H + h) * T + t)[:, None] * D + d
-            row = q + b * strides[0][0] + h * strides[0][1] + t * strides[0][2]
-            x, other = channels(row, valid, R, D, PAD, INTERLEAVED)
-            token = b * row_strides[3] + t
-            if angles is not None:
-                out = turned(x, other, angles[0], angles[1], token, valid, R, PAD)
-                tl.store(q_out + at, out.to(q_out.dtype.element_ty), mask=inside)
-            if sink_angles is not None:
-                out = turned(x, other, sink_angles[0], sink_angles[1], token, valid, R, PAD)
-                tl.store(q_sink + at, out.to(q_sink.dtype.element_ty), mask=inside)
+            _turn(
+                *(n, b, q, strides, q_out, q_sink, angles, sink_angles, row_strides),
+                *(T, H, R, D, PAD, INTERLEAVED),
+            )
     else:
-        n = (program - queries) * BLOCK + tl.arange(0, BLOCK)
-        valid, t, h = n < T * K, (n // K).to(tl.int64), n % K
-        inside = valid[:, None] & (d < D)
-        p = tl.load(positions + b * row_strides[0] + t, mask=valid, other=-1)
-        slot, kept = p, p >= 0
-        if ring is not None:
-            slot = tl.where(p < sink_tokens, p, sink_tokens + (p - sink_tokens) % ring)
-            if newest is not None:
-                kept = kept & ((p < sink_tokens) | (p > tl.load(newest + b * row_strides[1]) - ring))
-        kept = kept & (slot < nowhere)  # whatever the positions are, never beyond the buffers
-        tl.store(held + b * row_strides[2] + slot, p, mask=kept & (h == 0) & ((b == 0) | (row_strides[2] > 0)))
-        row = k + b * strides[1][0] + h * strides[1][1] + t * strides[1][2]
-        if angles is not None:
-            x, other = channels(row, valid, R, D, PAD, INTERLEAVED)
-            x = turned(x, other, angles[0], angles[1], b * row_strides[3] + t, valid, R, PAD).to(k.dtype.element_ty)
-        else:
-            x = tl.load(row[:, None] + d, mask=inside, other=0.0)
-        row = v + b * strides[2][0] + h * strides[2][1] + t * strides[2][2]
-        y = tl.load(row[:, None] + d, mask=inside, other=0.0)
-        c = b * head_strides[0][0] + h * head_strides[0][1]
-        s = b * head_strides[1][0] + h * head_strides[1][1]
-        o = b * head_strides[2][0] + h * head_strides[2][1]
-        _put(x, inside, d, D, slot, kept, sink_tokens, caches[0], c, scales[0], s, before[0], o, LEAST)
-        _put(y, inside, d, D, slot, kept, sink_tokens, caches[1], c, scales[1], s, before[1], o, LEAST)
+        _write(
+            *(n - queries * BLOCK, b, k, v, strides, angles, positions, newest, held, row_strides),
+            *(caches, scales, before, head_strides, T, K, R, D, sink_tokens, ring, nowhere, PAD, INTERLEAVED, LEAST),
+        )
 
 
 def append(call: "AppendCall", least: float) -> tuple[Tensor | None, Tensor | None]:
@@ -121,6 +147,7 @@ def append(call: "AppendCall", least: float) -> tuple[Tensor | None, Tensor | No
     newest = call.positions.amax(1) if ring is not None and ring < T else None
     scales, before = call.scales or (None, None), call.before or (None, None)
     block = rows_of_a_program(B * T * max(H, K))
+    pdl = overlaps(k.device)
     queries = 0 if q_out is None and q_sink is None else H
     _append[(triton.cdiv(T * queries, block) + triton.cdiv(T * K, block), B)](
         q if queries else None,
@@ -156,6 +183,8 @@ def append(call: "AppendCall", least: float) -> tuple[Tensor | None, Tensor | No
         PAD=triton.next_power_of_2(D),
         INTERLEAVED=call.interleaved,
         LEAST=least,
+        PDL=pdl,
+        launch_pdl=pdl,
     )
     return q if call.angles is None else q_out, q_sink
 

@@ -6,6 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from longburn.kernels.triton import overlaps
 
 if TYPE_CHECKING:
     from longburn.kernels.norm import NormCall
@@ -14,11 +17,17 @@ GATED_BLOCK = 1024
 
 
 @triton.jit
-def _rms_norm(x, weight, y, size, stride, EPS: tl.constexpr, BLOCK: tl.constexpr, ROUND_LAST: tl.constexpr):
+def _rms_norm(
+    x, weight, y, size, stride, EPS: tl.constexpr, BLOCK: tl.constexpr, ROUND_LAST: tl.constexpr, PDL: tl.constexpr
+):
+    if PDL:
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < size
     w = tl.load(weight + cols, mask=inside, other=0.0)
+    if PDL:
+        gdc_wait()
     wide = tl.load(x + row * stride + cols, mask=inside, other=0.0).to(tl.float32)
     normed = wide * tl.rsqrt(tl.sum(wide * wide, 0) / size + EPS)
     if ROUND_LAST:
@@ -44,7 +53,8 @@ def rms_norm(call: "NormCall") -> Tensor:
     y = torch.empty_like(x)
     if x.numel():
         block = triton.next_power_of_2(size)
-        flags = {"EPS": call.eps, "BLOCK": block, "ROUND_LAST": call.round_last}
+        pdl = overlaps(x.device)
+        flags = {"EPS": call.eps, "BLOCK": block, "ROUND_LAST": call.round_last, "PDL": pdl, "launch_pdl": pdl}
         warps = min(max(block // 512, 1), 16)
         _rms_norm[(x.numel() // size,)](x, call.weight, y, size, size, **flags, num_warps=warps)
     return y
