@@ -32,8 +32,27 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def describe_gpu() -> dict[str, Any]:
+    """The first CUDA device, and what drives it; nothing where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    card = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": card.name,
+        "gpu_memory_gib": round(card.total_memory / 1024**3, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": version("triton"),
+    }
+
+
 def machine_line(machine: Mapping[str, Any]) -> str:
-    """`describe_machine` in one line, to stand under a table."""
+    """`describe_machine` in one line, to stand under a table; the GPU in it if there is one."""
+    if "gpu" in machine:
+        return (
+            f"{machine['gpu']} ({machine['gpu_memory_gib']} GiB), CUDA {machine['cuda']}, cuDNN {machine['cudnn']}, "
+            f"torch {machine['torch']}, Triton {machine['triton']}, longburn {machine['longburn']}, {machine['date']}"
+        )
     return (
         f"{machine['cpu']}, {machine['cores']} cores ({machine['isa']}), {machine['threads']} threads, "
         f"torch {machine['torch']}, longburn {machine['longburn']}, {machine['date']}"

@@ -1,6 +1,7 @@
 """`longburn doctor`: what it prints. That its answers hold is tests/kernels/test_registry.py."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -55,6 +56,13 @@ def test_the_shape_decides(invoke) -> None:
         assert (few["operations"]["linear"]["taken"], many["operations"]["linear"]["taken"]) == ("native", "reference")
 
 
+def test_a_cache_in_fp8(invoke) -> None:
+    found = ask(invoke, "--kv-cache", "fp8", "--keys", 300)
+    assert "float8" in found["operations"]["attend"]["reasons"]["native"]
+    assert found["operations"]["append"]["taken"] == "reference"
+    assert "cache in fp8" in invoke("doctor", "--device", "cpu", "--kv-cache", "fp8", "--keys", 300).out
+
+
 def test_without_a_compiler(invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LONGBURN_NATIVE", "0")
     build.library.cache_clear()
@@ -68,21 +76,14 @@ def test_without_a_compiler(invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["operations"]["experts"]["reasons"]["native"] == "LONGBURN_NATIVE=0 turns it off"
 
 
-def test_without_triton(invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    import longburn.kernels.triton as kernels
-
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
-    kernels._missing.cache_clear()
-    try:
-        found = ask(invoke)
-    finally:
-        kernels._missing.cache_clear()
-    reasons = [
-        operation["reasons"]["triton"] for operation in found["operations"].values() if "triton" in operation["reasons"]
-    ]
-    assert reasons
-    assert set(reasons) == {"needs the package triton"}
+def test_without_triton(environment: dict[str, str]) -> None:
+    start = 'import sys; sys.modules["triton"] = None; from longburn.cli.main import run; run()'
+    command = [sys.executable, "-c", start, "doctor", "--device", "cpu", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    operations = json.loads(done.stdout)["operations"]
+    found = {operation["reasons"]["triton"] for operation in operations.values() if "triton" in operation["reasons"]}
+    assert found == {"needs the package triton"}
+    assert all(operation["taken"] for operation in operations.values())
 
 
 def test_what_cannot_be_asked_does_not_stop_the_rest(invoke) -> None:

@@ -37,6 +37,7 @@ class Shape:
     experts: int
     experts_per_token: int
     dtype: str
+    fp8: bool
     device: str
 
 
@@ -58,6 +59,9 @@ def doctor(
     experts: Annotated[int, typer.Option(min=1, help="Experts of a layer, in MXFP4.")] = 32,
     experts_per_token: Annotated[int, typer.Option(min=1, help="Experts that a token takes.")] = 4,
     dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of weights, activations and cache.")] = "bf16",
+    kv_cache: Annotated[
+        Literal["model", "fp8"], typer.Option(help="Keys and values in that type, or in fp8.")
+    ] = "model",
     device: Annotated[
         str | None, typer.Option(help="Default: cuda if there is one, else cpu.", show_default=False)
     ] = None,
@@ -75,7 +79,7 @@ def doctor(
     check(window is not None or not sink_tokens, "sink tokens without --window: all tokens are kept")
     shape = Shape(
         batch, queries, keys, heads, kv_heads, head_dim, window, sink_tokens, sinks, dim, experts, experts_per_token,
-        DTYPES[dtype], device or default_device(),
+        DTYPES[dtype], kv_cache == "fp8", device or default_device(),
     )  # fmt: skip
     answers = explanations(shape)
     if as_json:
@@ -154,7 +158,8 @@ def described(shape: Shape) -> str:
     learned = ", learned sinks" if shape.sinks else ""
     new = f"{shape.queries:,} new of {shape.keys:,} tokens, batch {shape.batch}"
     split = f"{shape.heads} heads on {shape.kv_heads} of size {shape.head_dim}"
-    return f"one layer on {shape.device} in {shape.dtype}: {new}, {split}, {sees}{kept}{learned}"
+    cache = ", cache in fp8" if shape.fp8 else ""
+    return f"one layer on {shape.device} in {shape.dtype}: {new}, {split}, {sees}{kept}{learned}{cache}"
 
 
 def explanations(shape: Shape) -> "dict[str, Explanation | str]":
@@ -199,7 +204,7 @@ def computations(shape: Shape) -> Iterator[tuple[str, Callable[[], object]]]:
             rope=RotaryEncoding(shape.head_dim),
             sinks=shape.sinks,
         ).to(**like)
-        manager = CacheManager.for_layers([layer], shape.batch, max_length=shape.keys)
+        manager = CacheManager.for_layers([layer], shape.batch, max_length=shape.keys, packed=shape.fp8)
         if past := shape.keys - shape.queries:
             step = manager.positions(past)
             zeros = torch.zeros(shape.batch, shape.kv_heads, past, shape.head_dim, **like)

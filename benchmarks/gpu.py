@@ -1,0 +1,113 @@
+"""Attention and GPT-OSS on one GPU beside PyTorch's own kernels and transformers: one run, one table, under 9 minutes.
+
+Every section has a process and a time limit of its own; what is done by then counts. Each figure stands beside the time
+in which the device could have moved its bytes or computed its FLOP at best, at the speeds measured in the same run, and
+is given only if the result was right in the same run.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from gpu_summary import notes, sheets
+from machine import describe_gpu, describe_machine, machine_line, write_json
+from sheets import console
+
+NAME = "gpu"
+WORKER = Path(__file__).with_name("gpu_worker.py")
+WRITER = Path(__file__).with_name("synthetic_gpt_oss.py")
+LIMITS = {  # seconds, by section in the order of the run
+    "ceilings": 60,
+    "decode attention": 150,
+    "prefill attention": 150,
+    "model": 210,
+    "transformers": 90,
+}
+FROM_CHECKPOINT = {"model", "transformers"}
+
+
+def run_section(section: str, job: Mapping[str, Any], limit: float) -> tuple[list[dict[str, Any]], str | None]:
+    """The records that a section gave within `limit` seconds, and why there are not more of them."""
+    process = subprocess.Popen(
+        [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    errors: list[str] = []
+    reader = threading.Thread(target=lambda: errors.extend(process.stderr or ()), daemon=True)
+    reader.start()
+    late = threading.Event()
+    timer = threading.Timer(max(limit, 1), lambda: (late.set(), process.kill()))
+    timer.start()
+    try:
+        process.stdin.write(json.dumps({"section": section, **job}))
+        process.stdin.close()
+        records = [json.loads(line) for line in process.stdout if line.startswith("{")]
+        code = process.wait()
+    finally:
+        timer.cancel()
+    reader.join(5)
+    if late.is_set():
+        return records, f"stopped after {limit:.0f} s"
+    return records, f"failed: {' '.join(''.join(errors).split())[-400:]}" if code else None
+
+
+def main(
+    only: Annotated[str, typer.Option(help="Sections to run, comma-separated.")] = ",".join(LIMITS),
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A GPT-OSS in OpenAI's format. Default: a random one is written and removed.")
+    ] = None,
+    scratch: Annotated[Path | None, typer.Option(help="Where that one is written; it takes 13.8 GB.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="For everything.")] = 9.0,
+    save: Annotated[bool, typer.Option(help="Write docs/assets/gpu.json.")] = True,
+) -> None:
+    """Attention and GPT-OSS-20B's shape on one GPU, beside peers and floors."""
+    out = console()
+    wanted = only.split(",")
+    if unknown := set(wanted) - LIMITS.keys():
+        raise typer.BadParameter(f"no section {', '.join(sorted(unknown))}; there are {', '.join(LIMITS)}")
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("there is no CUDA device here")
+    began = time.monotonic()
+    result: dict[str, Any] = {"machine": describe_machine() | describe_gpu(), "sections": {}, "cut": {}}
+    with ExitStack() as stack:
+        writer = None
+        if checkpoint is None and FROM_CHECKPOINT.intersection(wanted):
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="longburn-20b-", dir=scratch))
+            checkpoint = Path(directory)
+            # The other sections compute on the device alone, so it may be written meanwhile.
+            writer = subprocess.Popen([sys.executable, str(WRITER), str(checkpoint)], stdout=subprocess.PIPE, text=True)
+        for section, limit in LIMITS.items():
+            if section not in wanted:
+                continue
+            if section in FROM_CHECKPOINT and writer is not None:
+                result["written"] = writer.communicate()[0].strip()
+                writer = None
+            left = 60 * minutes - (time.monotonic() - began)
+            started = time.monotonic()
+            records, cut = run_section(section, {"checkpoint": str(checkpoint)}, min(limit, left))
+            result["sections"][section] = records
+            if cut:
+                result["cut"][section] = cut
+            out.print(f"{section}: {len(records)} records in {time.monotonic() - started:.0f} s {cut or ''}")
+            if save:
+                write_json(NAME, result)
+    for sheet in sheets(result):
+        out.print(sheet.rich())
+    for note in notes(result):
+        out.print(note)
+    out.print(machine_line(result["machine"]))
+
+
+if __name__ == "__main__":
+    typer.run(main)
