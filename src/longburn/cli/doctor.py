@@ -182,12 +182,14 @@ def computations(shape: Shape) -> Iterator[tuple[str, Callable[[], object]]]:
     """For every operation of a layer something that calls it as the layer does."""
     import torch
 
-    from longburn import Attention, AttnWindow, CacheManager, RotaryEncoding
+    from longburn.attention import Attention
+    from longburn.cache import AttnWindow, CacheManager
     from longburn.kernels.experts import experts
     from longburn.kernels.linear import linear
     from longburn.kernels.mxfp4 import BLOCK, Mxfp4
     from longburn.kernels.norm import rms_norm
     from longburn.kernels.route import route
+    from longburn.rope import RotaryEncoding
 
     like = {"dtype": getattr(torch, shape.dtype), "device": shape.device}
     rows, dim, count = shape.batch * shape.queries, shape.dim, shape.experts
