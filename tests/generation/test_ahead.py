@@ -149,6 +149,23 @@ def test_a_cache_that_grows_while_the_device_runs_ahead(
     assert cache[0].slots > 256
 
 
+def test_a_step_is_forgotten_only_when_buffers_move(
+    ahead: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is captured over them, on a GPU, is captured again after that."""
+    forgotten: list[int] = []
+    forget = DeviceStep.forget
+    monkeypatch.setattr(DeviceStep, "forget", lambda step: (forgotten.append(1), forget(step)))
+    monkeypatch.setattr("longburn.generation.ahead.ROOM", 200)
+    ahead(True)
+    for model in (llama(), llama(AttnWindow(9, sink_tokens=2))):
+        cache = model.init_cache(2)
+        for count, wanted in ((40, 1), (40, 0), (600, 1 if model.attentions[0].window.size is None else 0), (9, 0)):
+            list(generate(model, prompts(3, 9), config=GenerationConfig(max_new_tokens=count), cache=cache))
+            assert len(forgotten) == wanted
+            forgotten.clear()
+
+
 def test_the_step_stays_with_its_cache(ahead: Callable[[bool], None]) -> None:
     """Another seed is no other step; other settings, another model or another batch are."""
     ahead(True)

@@ -66,7 +66,7 @@ def stream(
 ) -> tuple[list[TokenEvent], list[Tensor]]:
     """The events, and the logits of every step."""
     seen: list[Tensor] = []
-    step, capture = DeviceStep.__call__, DeviceStep._capture_once
+    step, capture = DeviceStep.__call__, DeviceStep._capture
 
     def recording(self: DeviceStep, cache: CacheManager) -> Any:
         result = step(self, cache)
@@ -75,7 +75,7 @@ def stream(
 
     with (
         patched(DeviceStep, "__call__", recording),
-        patched(DeviceStep, "_capture_once", capture if graph else lambda self, cache: None),
+        patched(DeviceStep, "_capture", capture if graph else lambda self, cache: None),
     ):
         return list(generate(model, batch, **settings)), seen
 

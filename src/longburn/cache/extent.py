@@ -21,17 +21,23 @@ class Extent:
         """The step's runs, one for all rows or one a row, if each goes on within or right after what its row holds."""
         if step.runs is None or self._end is None:
             return None
-        runs = step.runs * batch if len(step.runs) == 1 and len(self._end) > 1 else step.runs
+        runs = self.spread(step.runs, batch)
         ends = self._end * len(runs) if len(self._end) == 1 else self._end
         return runs if all(run.size == 0 or run.start <= end for run, end in zip(runs, ends, strict=True)) else None
 
+    def spread(self, runs: tuple[Run, ...], batch: int) -> tuple[Run, ...]:
+        """One run for all rows as one a row, once rows have entries of their own."""
+        return runs * batch if len(runs) == 1 and len(self._high) > 1 else runs
+
     def note(self, runs: Sequence[Run]) -> None:
         """These runs are written."""
-        assert self._end is not None
-        for b, run in enumerate(runs):
-            if run.size:
-                self._end[b] = run.end
-                self._high[b] = max(self._high[b], run.end)
+        ends, highs = self._end, self._high
+        assert ends is not None
+        for b, (start, size, _) in enumerate(runs):  # many rows, in every layer, at every step
+            if size:
+                ends[b] = end = start + size
+                if end > highs[b]:
+                    highs[b] = end
 
     def forget(self, bound: int | None) -> None:
         """Positions that the host does not know were written, at most up to `bound` (None: it does not know that)."""

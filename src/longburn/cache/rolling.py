@@ -158,10 +158,9 @@ class RollingKVCache:
         )
 
     def wrote(self, step: Step) -> None:
-        """The step was written by other hands."""
-        runs = self._extent.runs(step, self.batch)
-        assert runs is not None
-        self._extent.note(runs)
+        """The step, which `takes` allowed, was written by other hands."""
+        assert step.runs is not None
+        self._extent.note(self._extent.spread(step.runs, self.batch))
 
     def bookmark(self) -> Extent:
         """What the host knows now, for `restore`."""

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from longburn.cache import CacheManager, Step
+from longburn.cache.step import Run
 from longburn.generation.model import AutoregressiveModel
+from longburn.generation.results import Results
 from longburn.kernels.registry import chosen
 from longburn.sampling import Sampled, Sampler, TokenCounts
 
@@ -52,16 +54,16 @@ class AheadSteps:
         self._live = list(range(len(positions)))
         self._pending: Step | None = None  # begun, and not committed
         self._tokens: list[int] = []  # that the pending step was given, once they were read
+        self._room = self._measure()
         cache.part()
-        self._make_room(self._next(self._live))
+        self._make_room()
         first = step.begin(cache, logits, positions, prompts, stop_tokens)
-        self._results = _Results(first)
+        self._results = Results(first)
         self._results.send(first)
 
     def ahead(self) -> None:
-        step = self._next(self._live)
-        self._make_room(step)
-        self._tokens, self._pending = [], step
+        self._make_room()
+        self._tokens, self._pending = [], self._next(self._live)
         self._results.send(self._step(self._cache))
 
     def read(self) -> Sampled:
@@ -109,14 +111,21 @@ class AheadSteps:
 
     def _next(self, rows: Sequence[int]) -> Step:
         """The next step in these rows, as the host knows it."""
-        tokens = torch.full((self._cache.batch, 1), -1)
-        tokens[list(rows)] = 0
-        return self._cache.upcoming(tokens)
+        held = set(rows)
+        runs = tuple(Run(at, int(row in held)) for row, at in enumerate(self._cache.row_positions))
+        return Step(torch.tensor([[at if n else -1] for at, n, _ in runs]), runs, max(run.end for run in runs))
 
-    def _make_room(self, step: Step) -> None:
-        if not self._cache.takes(step) and step.bound is not None:
-            self._cache.reserve(min(self._end, step.bound + max(ROOM, step.bound)))
+    def _make_room(self) -> None:
+        """See to it that the next step fits; whatever else a step needs, it has since the first one."""
+        bound = max(self.positions[row] for row in self._live) + 1
+        if bound > self._room:
+            self._cache.reserve(min(self._end, bound + max(ROOM, bound)))
             self._step.forget()
+            self._room = self._measure()
+
+    def _measure(self) -> int:
+        """Positions for which the buffers have room."""
+        return min((layer.slots for layer in self._cache if layer.ring is None), default=self._end)
 
 
 class DeviceStep:
@@ -181,21 +190,19 @@ class DeviceStep:
             self._counts.clear()
             self._counts.add_prompt(prompts.to(self.device))
         first = self._choose(logits.to(self.device), torch.tensor(list(positions), device=self.device))
-        key = (
-            chosen(),
-            torch.are_deterministic_algorithms_enabled(),
-            _addresses(self.model),
-            *(tensor.data_ptr() for tensor in cache.memory),
-        )
-        if key != self._key:
-            self._key = key
+        if self._key != self._holds_for(cache):
             self.forget()
-        self._capture_once(cache)
+        self._prepare(cache)
         return first
+
+    def _holds_for(self, cache: CacheManager) -> object:
+        """What a graph depends on, beside the contents of buffers."""
+        memory = tuple(tensor.data_ptr() for tensor in cache.memory)
+        return chosen(), torch.are_deterministic_algorithms_enabled(), _addresses(self.model), memory
 
     def forget(self) -> None:
         """Buffers have moved: capture again before the next step."""
-        self._graph = None
+        self._graph = self._key = None
 
     def pause(self, row: int) -> None:
         """The row has ended."""
@@ -204,7 +211,7 @@ class DeviceStep:
     @torch.no_grad()
     def __call__(self, cache: CacheManager) -> Sampled:
         """One step, for which the cache has room. What it returns, on the device, the next step may overwrite."""
-        self._capture_once(cache)
+        self._prepare(cache)
         if self._graph is None:
             return self._run(cache)
         graph, drawn = self._graph
@@ -227,9 +234,13 @@ class DeviceStep:
         self._positions.copy_(torch.where(goes_on, positions, -1)[:, None])
         return sampled
 
-    def _capture_once(self, cache: CacheManager) -> None:
-        if self.device.type != "cuda" or self._graph is not None or self.why_not is not None:
-            return
+    def _prepare(self, cache: CacheManager) -> None:
+        if self._key is None:
+            self._key = self._holds_for(cache)
+            if self.device.type == "cuda" and self.why_not is None:
+                self._capture(cache)
+
+    def _capture(self, cache: CacheManager) -> None:
         changing = [self._tokens, self._positions, *([] if self._counts is None else [self._counts.generated])]
         before = [tensor.clone() for tensor in changing]
         current, aside = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -253,53 +264,6 @@ class DeviceStep:
         else:
             self._graph = graph, drawn
             self.captures += 1
-
-
-class _Results:
-    """Two places on the host for what steps give: one is read while the next one is filled."""
-
-    def __init__(self, like: Sampled) -> None:
-        self._places = [_Place(like), _Place(like)]
-        self._sent = self._taken = 0
-
-    def send(self, sampled: Sampled) -> None:
-        """Copy it to the host as soon as the device has it."""
-        self._places[self._sent % 2].fill(sampled)
-        self._sent += 1
-
-    def read(self) -> Sampled:
-        """What was sent first and not yet read, once it is there. It holds until two more were sent."""
-        self._taken += 1
-        return self._places[(self._taken - 1) % 2].value()
-
-
-class _Place:
-    """One step's result in page-locked memory, and the event of its arrival."""
-
-    def __init__(self, like: Sampled) -> None:
-        self._arrived = torch.cuda.Event() if like.tokens.is_cuda else None  # type: ignore[no-untyped-call]
-        self._tensors = [
-            None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            for tensor in _parts(like)
-        ]
-
-    def fill(self, sampled: Sampled) -> None:
-        for place, tensor in zip(self._tensors, _parts(sampled), strict=True):
-            if place is not None and tensor is not None:
-                place.copy_(tensor, non_blocking=True)
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def value(self) -> Sampled:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        tokens, *others = self._tensors
-        assert tokens is not None
-        return Sampled(tokens, *others)
-
-
-def _parts(sampled: Sampled) -> tuple[Tensor | None, ...]:
-    return sampled.tokens, sampled.logprobs, sampled.top_tokens, sampled.top_logprobs
 
 
 def _addresses(model: AutoregressiveModel) -> object:

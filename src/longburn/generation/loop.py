@@ -159,8 +159,9 @@ def _run(
             if not last:
                 steps.ahead()
             sampled = steps.read()
+            tokens = sampled.tokens.tolist()
             for row in list(live):
-                event = texts.event(row, steps.positions[row], sampled, last=last)
+                event = texts.event(row, tokens[row], steps.positions[row], sampled, last=last)
                 if event.finish is not None:
                     live.remove(row)
                 yield event
@@ -226,8 +227,7 @@ class _Texts:
     def __init__(self, config: GenerationConfig, tokenizer: TokenSpeller | None, texts: list[TextStream]) -> None:
         self.config, self.tokenizer, self.texts = config, tokenizer, texts
 
-    def event(self, row: int, position: int, sampled: Sampled, *, last: bool) -> TokenEvent:
-        token = int(sampled.tokens[row])
+    def event(self, row: int, token: int, position: int, sampled: Sampled, *, last: bool) -> TokenEvent:
         if token < 0:
             raise GenerationError(
                 f"generate: row {row}, position {position}: no logit is finite or allowed; "
