@@ -10,6 +10,8 @@ import typer
 import constant_memory
 import cpu_decode
 import cpu_summary
+import gpu
+import gpu_summary
 import streaming_perplexity
 import tiny_gpt_oss
 from machine import ASSETS, machine_line
@@ -62,11 +64,17 @@ def small_model(result: Mapping[str, Any]) -> str:
     return "\n\n".join([variants, chunkings, shares, along, positions, tiny_gpt_oss.finding(result), text])
 
 
+def one_gpu(result: Mapping[str, Any]) -> str:
+    """Tables, and under them what they rest on."""
+    return "\n\n".join([*(sheet.markdown() for sheet in gpu_summary.sheets(result)), *gpu_summary.notes(result)])
+
+
 SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     streaming_perplexity.NAME: perplexity,
     cpu_decode.NAME: decode,
     constant_memory.NAME: memory,
     tiny_gpt_oss.NAME: small_model,
+    gpu.NAME: one_gpu,
 }
 
 

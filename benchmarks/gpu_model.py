@@ -22,6 +22,7 @@ Record = dict[str, Any]
 DECODE = [(1, 2048), (1, 8192), (1, 32768), (1, 131072), (32, 8192)]  # rows, tokens before
 PACKED = (1, 131072)
 PREFILL = [8192, 32768]
+PEER_PROMPTS = [2048, 8192]
 SKIPPED, STEPS = 16, 128  # tokens that are not timed (the step is recorded meanwhile), and that are
 FILL = 8192  # random keys written at a time
 CHECKED, CHECKED_STEPS = 200, 16  # tokens in all, of which the last are decoded one by one
@@ -250,7 +251,7 @@ def transformers(checkpoint: Path) -> Iterator[Record]:
     with torch.device(DEVICE):
         peer = GptOssForCausalLM._from_config(PeerConfig(**settings), attn_implementation="eager").eval()
     torch.set_default_dtype(torch.float32)
-    for length in (2048, 8192):
+    for length in PEER_PROMPTS:
         tokens = torch.randint(config.vocab_size, (1, length), device=DEVICE)
         torch.cuda.reset_peak_memory_stats()
         for _ in range(2):
