@@ -1,0 +1,192 @@
+"""Attention of a few queries over many keys: the keys are split among blocks, and the last block to finish merges.
+
+All queries that read one kv head (its group's heads times T) are rows of one tile, so that a key is read once. Within a
+block every warp keeps a softmax of its own over its own keys: they are the batch of a batched product, and nothing is
+exchanged before the end.
+"""
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from longburn.kernels.attend.call import AttendCall, AttendResult, BiasTerms
+from longburn.kernels.triton.decode_kernel import decode_kernel
+
+MAX_QUERIES = 16  # T
+MAX_HEAD = 256
+MAX_SPLITS = 128
+WARPS = 4
+LEAST_KEYS = 128  # of a split
+IN_FLIGHT = 96 << 10  # bytes of keys and values that a block loads ahead
+SCAN_FROM = 8  # times the window: from here on the positions are read first, to see which tiles to read
+MERGED = 8192  # elements of partial results that a block loads at once
+NO_BIAS = BiasTerms()
+
+
+def decode_why_not(call: AttendCall) -> str | None:
+    """Why this kernel cannot compute the call: it takes few queries, and no gradients."""
+    q, k, v = call.q, call.k, call.v
+    if q.shape[2] > MAX_QUERIES:
+        return f"takes up to {MAX_QUERIES} queries, got {q.shape[2]}"
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"takes bf16, fp16 and fp32, got {q.dtype}"
+    if max(q.shape[3], v.shape[3]) > MAX_HEAD:
+        return f"takes head sizes up to {MAX_HEAD}, got {q.shape[3]} and {v.shape[3]}"
+    parts = (q, k, v, call.q_sink, *(call.before or ()))
+    if any(x is not None and x.stride(3) != 1 for x in parts):
+        return "queries, keys or values have gaps within a head"
+    if call.k_pos.stride(1) != 1 or any(x.stride(2) != 1 for x in call.scales or ()):
+        return "positions or scales have gaps between slots"
+    return "has no gradients" if call.needs_grad else None
+
+
+def decode(call: AttendCall) -> AttendResult:
+    """Output `[B, H, T, D]` in the type of q and log-sum-exp `[B, H, T]` in fp32; one launch, no wait for the device.
+
+    How the keys are cut depends on B, K and H * T and on the row's own positions, so a row's bits depend on that row
+    and on B alone; with `torch.use_deterministic_algorithms(True)` not on B either.
+    """
+    q, k, v, bias = call.q, call.k, call.v, call.bias or NO_BIAS
+    B, H, T, D = q.shape
+    K, S, DV = k.shape[1], k.shape[2], v.shape[3]
+    G = H // K
+    k_before, v_before = call.before or (None, None)
+    k_scale, v_scale = call.scales or (None, None)
+    S0 = 0 if k_before is None else k_before.shape[2]
+    block_d, block_dv = (max(16, triton.next_power_of_2(n)) for n in (D, DV))
+    rows = 32 if G * T > 16 and max(block_d, block_dv) <= 128 and q.element_size() == 2 else 16
+    ways, keys, least, stages = _tiles(block_d, k.element_size(), q.dtype == torch.float32)
+    tile = ways * keys
+    heads = K * -(-G * T // rows)
+    limit = _most_splits(heads if torch.are_deterministic_algorithms_enabled() else B * heads, q.device)
+    splits = max(1, min(limit, (-(-S0 // tile) + -(-S // tile)) // least))
+    out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
+    lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    partial = counters = None
+    if splits > 1:
+        partial = torch.empty(B * heads * splits * rows * (block_dv + 2), dtype=torch.float32, device=q.device)
+        counters = _counters(q.device, B * heads)
+    window, lookahead = call.window, call.lookahead
+    decode_kernel[(splits, heads, B)](
+        q,
+        call.q_sink,
+        k,
+        v,
+        k_scale,
+        v_scale,
+        k_before,
+        v_before,
+        call.q_pos,
+        call.k_pos,
+        call.sinks,
+        bias.slope,
+        bias.key,
+        bias.row,
+        bias.table,
+        bias.dense,
+        out,
+        lse,
+        partial,
+        counters,
+        S,
+        S0,
+        H,
+        G,
+        T,
+        limit,
+        call.scale,
+        window or 0,
+        call.sink_tokens,
+        lookahead or 0,
+        bias.zero,
+        0 if bias.table is None else bias.table.shape[1],
+        q.stride()[:3],
+        _strides(call.q_sink, 3),
+        k.stride()[:3],
+        v.stride()[:3],
+        _strides(k_scale, 2),
+        _strides(v_scale, 2),
+        _strides(k_before, 3),
+        _strides(v_before, 3),
+        (_step(call.q_pos, 0), call.q_pos.stride(1)),
+        (_step(call.k_pos, 0),),
+        None if bias.key is None else (_step(bias.key, 0), _step(bias.key, 1), bias.key.stride(2)),
+        None if bias.row is None else (_step(bias.row, 0), _step(bias.row, 1), bias.row.stride(2)),
+        0 if bias.table is None else _step(bias.table, 0),
+        None if bias.dense is None else (_step(bias.dense, 0), _step(bias.dense, 1), *bias.dense.stride()[2:]),
+        D,
+        DV,
+        block_d,
+        block_dv,
+        M=rows,
+        W=ways,
+        N=keys,
+        BLOCK=call.block,
+        WINDOWED=window is not None,
+        BOUNDED=lookahead is not None,
+        ASCENDING=call.ascending and lookahead is not None,
+        KEY_BY_HEAD=bias.key is not None and bias.key.shape[1] > 1,
+        SCAN=window is not None and SCAN_FROM * (window + call.sink_tokens + T + tile) < S,
+        LEAST=least,
+        SPLITS=triton.next_power_of_2(limit),
+        TOGETHER=max(1, MERGED // (rows * block_dv)),
+        num_warps=WARPS,
+        num_stages=stages,
+    )
+    return out.transpose(1, 2), lse
+
+
+def _strides(x: Tensor | None, n: int) -> tuple[int, ...] | None:
+    return None if x is None else x.stride()[:n]
+
+
+def _step(x: Tensor, dim: int) -> int:
+    """The stride of a dimension that may stand for many."""
+    return 0 if x.shape[dim] == 1 else x.stride(dim)
+
+
+@cache
+def _tiles(block_d: int, itemsize: int, exact: bool) -> tuple[int, int, int, int]:
+    """Softmaxes in a block (W), keys of each in one step (N), tiles of a split (at least), and tiles in flight."""
+    if exact:  # products in true fp32 are no work for tensor cores: all warps share one small tile
+        return 1, 16, LEAST_KEYS // 16, 2
+    ways, keys = WARPS, 16
+    return ways, keys, LEAST_KEYS // (ways * keys), max(2, min(4, IN_FLIGHT // (ways * keys * 2 * block_d * itemsize)))
+
+
+@cache
+def _most_splits(units: int, device: torch.device) -> int:
+    """Splits that fill the device's multiprocessors, two blocks on each, with little left over in the last round."""
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    places = 2 * sms
+
+    def idle(splits: int) -> float:
+        rounds = -(-units * splits // places)
+        return 1 - units * splits / (rounds * places)
+
+    most = max(1, min(MAX_SPLITS, 4 * places // units))
+    return next(
+        (n for n in range(max(1, min(most, places // units)), most + 1) if idle(n) < 0.1),
+        min(range(1, most + 1), key=idle),
+    )
+
+
+_held: dict[tuple[torch.device, int], Tensor] = {}
+_outgrown: list[Tensor] = []  # recorded graphs may still count in them
+
+
+def _counters(device: torch.device, n: int) -> Tensor:
+    """Zeros, which every call leaves as zeros; calls on one stream run one after the other and share them."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    held = _held.get((device, stream))
+    if held is not None and held.numel() >= n:
+        return held
+    fresh = torch.zeros(max(n, 4096), dtype=torch.int32, device=device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return fresh  # the graph's own memory, cleared by every replay
+    if held is not None:
+        _outgrown.append(held)
+    _held[device, stream] = fresh
+    return fresh
