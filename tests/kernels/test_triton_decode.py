@@ -1,4 +1,4 @@
-"""Decode attention in Triton against the dense answer in fp64: in the interpreter, and on the GPU where there is one."""
+"""Decode attention in Triton against the dense answer in fp64: in the interpreter, and on a GPU where there is one."""
 
 import math
 from collections.abc import Iterator
