@@ -45,13 +45,15 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def assert_as_good(got: Tensor, reference: Tensor, exact: Tensor) -> None:
-    """Mean error at most 1.1 times and largest at most twice that of the reference, in units of the type's last bit."""
+    """Mean error at most 1.1 times and largest at most twice that of the reference, but for a fraction of the type's
+    last bit: fp32 sums in another order differ by that.
+    """
     assert got.dtype == reference.dtype
     assert got.shape == reference.shape
     ours, theirs = ((x.double() - exact).abs() for x in (got, reference))
     unit = torch.finfo(got.dtype).eps * exact.abs().max()
-    assert ours.mean() <= 1.1 * theirs.mean() + 0.01 * unit
-    assert ours.max() <= 2 * theirs.max() + 0.01 * unit
+    assert ours.mean() <= 1.1 * theirs.mean() + 0.06 * unit
+    assert ours.max() <= 2 * theirs.max() + 0.3 * unit
 
 
 # --- linear -----------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class Rotated(NamedTuple):
 def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     """x `[..., D]` as fp8 (e4m3) and the fp32 scale `[...]` by which it is multiplied to get x back."""
     wide = x.float()
-    scale = wide.abs().amax(-1).clamp_min(FP8_LEAST) / FP8_MAX
+    scale = wide.abs().amax(-1).clamp_min(FP8_LEAST) * (1 / FP8_MAX)  # times: to divide by a number differs by device
     return (wide / scale.unsqueeze(-1)).to(FP8), scale
 
 
@@ -134,7 +134,7 @@ def _native_why_not(call: AppendCall) -> str | None:
 def _triton(call: AppendCall) -> Rotated:
     from longburn.kernels.triton.append import append
 
-    return Rotated(*append(call, FP8_LEAST))
+    return Rotated(*append(call, FP8_LEAST, FP8_MAX))
 
 
 def _triton_why_not(call: AppendCall) -> str | None:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _put(x, inside, d, D, slot, kept, sink_tokens, cache, cache_head, scale, scale_head, before, before_head, LEAST):
+def _put(
+    x, inside, d, D, slot, kept, sink_tokens, cache, cache_head, scale, scale_head, before, before_head, LEAST, MOST
+):
     """x `[n, PAD]` into slots `[n]` where `kept`; each `_head` `[n]` is where the head of the row begins."""
     if before is not None:
         apart = kept & (slot < sink_tokens)
@@ -25,7 +27,7 @@ def _put(x, inside, d, D, slot, kept, sink_tokens, cache, cache_head, scale, sca
         slot = slot - sink_tokens
     if scale is not None:
         wide = x.to(tl.float32)
-        factor = tl.div_rn(tl.maximum(tl.max(tl.abs(wide), 1), LEAST), 448.0)
+        factor = tl.maximum(tl.max(tl.abs(wide), 1), LEAST) * (1 / MOST)
         tl.store(scale + scale_head + slot, factor, mask=kept)
         x = tl.div_rn(wide, tl.broadcast_to(factor[:, None], wide.shape))
     at = cache + (cache_head + slot * D)[:, None] + d
@@ -35,7 +37,8 @@ def _put(x, inside, d, D, slot, kept, sink_tokens, cache, cache_head, scale, sca
 @triton.jit
 def _write(
     n, b, k, v, strides, angles, positions, newest, held, row_strides, caches, scales, before, head_strides,
-    T, K, R, D, sink_tokens, ring, nowhere, PAD: tl.constexpr, INTERLEAVED: tl.constexpr, LEAST: tl.constexpr,
+    T, K, R, D, sink_tokens, ring, nowhere,
+    PAD: tl.constexpr, INTERLEAVED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Keys and values of the heads and tokens `n` of row b into their slots."""
     valid, t, h, d = n < T * K, (n // K).to(tl.int64), n % K, tl.arange(0, PAD)[None, :]
@@ -59,8 +62,8 @@ def _write(
     c = b * head_strides[0][0] + h * head_strides[0][1]
     s = b * head_strides[1][0] + h * head_strides[1][1]
     o = b * head_strides[2][0] + h * head_strides[2][1]
-    _put(x, inside, d, D, slot, kept, sink_tokens, caches[0], c, scales[0], s, before[0], o, LEAST)
-    _put(y, inside, d, D, slot, kept, sink_tokens, caches[1], c, scales[1], s, before[1], o, LEAST)
+    _put(x, inside, d, D, slot, kept, sink_tokens, caches[0], c, scales[0], s, before[0], o, LEAST, MOST)
+    _put(y, inside, d, D, slot, kept, sink_tokens, caches[1], c, scales[1], s, before[1], o, LEAST, MOST)
 
 
 @triton.jit
@@ -111,6 +114,7 @@ def _append(
     PAD: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     LEAST: tl.constexpr,
+    MOST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -128,12 +132,28 @@ def _append(
     else:
         _write(
             *(n - queries * BLOCK, b, k, v, strides, angles, positions, newest, held, row_strides),
-            *(caches, scales, before, head_strides, T, K, R, D, sink_tokens, ring, nowhere, PAD, INTERLEAVED, LEAST),
+            *(
+                caches,
+                scales,
+                before,
+                head_strides,
+                T,
+                K,
+                R,
+                D,
+                sink_tokens,
+                ring,
+                nowhere,
+                PAD,
+                INTERLEAVED,
+                LEAST,
+                MOST,
+            ),
         )
 
 
-def append(call: "AppendCall", least: float) -> tuple[Tensor | None, Tensor | None]:
-    """The Impl `triton` of the operation `append`; `least`: the smallest magnitude that scales divide by."""
+def append(call: "AppendCall", least: float, most: float) -> tuple[Tensor | None, Tensor | None]:
+    """The Impl `triton` of the operation `append`; `least` and `most` magnitudes of fp8 as in `quantised`."""
     q, k, v = call.q, call.k, call.v
     (B, K, T, D), H = k.shape, 0 if q is None else q.shape[1]
     q_out, q_sink = (
@@ -183,6 +203,7 @@ def append(call: "AppendCall", least: float) -> tuple[Tensor | None, Tensor | No
         PAD=triton.next_power_of_2(D),
         INTERLEAVED=call.interleaved,
         LEAST=least,
+        MOST=most,
         PDL=pdl,
         launch_pdl=pdl,
     )

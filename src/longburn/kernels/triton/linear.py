@@ -5,10 +5,16 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from longburn.kernels.triton import overlaps
 
 if TYPE_CHECKING:
     from longburn.kernels.linear import LinearCall
+
+
+FEW_OUTPUTS = 1024  # up to here every one has a program of its own
 
 
 @triton.jit
@@ -23,12 +29,28 @@ def _one_row(
     stride,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """`BLOCK_OUT` rows of the weight: the next tile is on its way while one is multiplied."""
+    """`BLOCK_OUT` rows of the weight: the next tile is on its way while one is multiplied.
+
+    EARLY: the weight may be read before the kernel before this one has ended.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        if not EARLY:
+            gdc_wait()
     rows, cols = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN)
     inside = rows < out
     at = weight + rows.to(tl.int64)[:, None] * stride + cols[None, :]
     tile = tl.load(at, mask=inside[:, None] & (cols < size)[None, :], other=0.0, eviction_policy="evict_first")
+    added = tl.zeros([BLOCK_OUT], tl.float32)
+    if bias is not None:
+        added += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
+    if PDL and EARLY:
+        gdc_wait()
+    if residual is not None:
+        added += tl.load(residual + rows, mask=inside, other=0.0).to(tl.float32)
     VECTOR: tl.constexpr = 8  # summed within a thread
     total = tl.zeros([BLOCK_OUT, BLOCK_IN // VECTOR], tl.float32)
     for start in range(0, size, BLOCK_IN):
@@ -38,12 +60,7 @@ def _one_row(
         product = tile.to(tl.float32) * a.to(tl.float32)[None, :]
         total += tl.sum(tl.reshape(product, [BLOCK_OUT, BLOCK_IN // VECTOR, VECTOR]), axis=2)
         tile = following
-    result = tl.sum(total, axis=1)
-    if bias is not None:
-        result += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
-    if residual is not None:
-        result += tl.load(residual + rows, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + rows, result.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + rows, (tl.sum(total, axis=1) + added).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -61,8 +78,12 @@ def _few_rows(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The same for up to `BLOCK_ROWS` rows of x, on the tensor cores."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     rows, items = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_ROWS)
     cols = tl.arange(0, BLOCK_IN)
     inside, given = (rows < out)[None, :], (items < count)[:, None]
@@ -90,13 +111,23 @@ def linear(call: "LinearCall") -> Tensor:
     y = torch.empty(*x.shape[:-1], out, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
+    pdl = overlaps(x.device)
     if count == 1:
-        _one_row[(triton.cdiv(out, 8),)](
-            *(x, weight, bias, residual, y, out, size, weight.stride(0)), BLOCK_OUT=8, BLOCK_IN=1024, num_warps=4
+        # A parameter is not what the kernel before this one wrote.
+        early = isinstance(weight, nn.Parameter) and (bias is None or isinstance(bias, nn.Parameter))
+        rows, cols, warps = (1, 2048, 8) if out <= FEW_OUTPUTS else (8, 1024, 4)
+        _one_row[(triton.cdiv(out, rows),)](
+            *(x, weight, bias, residual, y, out, size, weight.stride(0)),
+            **{"BLOCK_OUT": rows, "BLOCK_IN": cols, "EARLY": early, "PDL": pdl},
+            num_warps=warps,
+            launch_pdl=pdl,
         )
     else:
-        blocks = {"BLOCK_ROWS": max(16, triton.next_power_of_2(count)), "BLOCK_OUT": 32, "BLOCK_IN": 128, "STAGES": 5}
-        _few_rows[(triton.cdiv(out, 32),)](
-            *(x, weight, bias, residual, y, count, out, size, weight.stride(0)), **blocks, num_warps=4
+        items = max(16, triton.next_power_of_2(count))
+        _few_rows[(triton.cdiv(out, 16),)](
+            *(x, weight, bias, residual, y, count, out, size, weight.stride(0)),
+            **{"BLOCK_ROWS": items, "BLOCK_OUT": 16, "BLOCK_IN": 256, "STAGES": 4, "PDL": pdl},
+            num_warps=2,
+            launch_pdl=pdl,
         )
     return y
