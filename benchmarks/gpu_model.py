@@ -25,7 +25,7 @@ PREFILL = [8192, 32768]
 PEER_PROMPTS = [2048, 8192]
 SKIPPED, STEPS = 16, 128  # tokens that are not timed (the step is recorded meanwhile), and that are
 FILL = 8192  # random keys written at a time
-CHECKED, CHECKED_STEPS = 200, 16  # tokens in all, of which the last are decoded one by one
+CHECKED, CHECKED_STEPS = 160, 8  # tokens in all, of which the last are decoded one by one
 SLACK = 1.5  # how much farther from the fp32 model than the plain bf16 one
 
 

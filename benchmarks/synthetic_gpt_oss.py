@@ -1,8 +1,9 @@
 """A GPT-OSS checkpoint of random weights in OpenAI's format, at the sizes of the released 20b: to measure speed with.
 
-Every number is drawn: MXFP4 codes uniformly, all else from a normal distribution. Scales are such that activations stay
-near 1 from layer to layer and every expert is chosen about equally often. The numbers of a tensor depend on the seed,
-its name and its size alone. It goes through the library's own writer, one tensor at a time.
+Every number is drawn: MXFP4 codes uniformly, all else from a normal distribution. Scales are those of a model before
+its training: activations stay near 1, a layer adds little to its stream, every expert is chosen about equally often. So
+what rounding does to the logits stays small, and mistakes show. The numbers of a tensor depend on the seed, its name and
+its size alone. It goes through the library's own writer, one tensor at a time.
 
     python benchmarks/synthetic_gpt_oss.py /tmp/synthetic-20b
     python benchmarks/synthetic_gpt_oss.py /tmp/small --layers 4 --hidden 256 --intermediate 256 --vocab 1000
@@ -34,6 +35,7 @@ from longburn.weights import TensorInfo, TensorSource, in_their_names, write_sha
 
 PIECE = 1 << 20  # numbers drawn by one generator
 THREADS = min(16, os.cpu_count() or 1)
+BRANCH = 1 / 8  # how much a layer's two branches weigh beside the stream that they are added to
 SCALES = 4  # powers of two in a row that occur as scales
 RELEASED = GptOssConfig.gpt_oss_20b()
 
@@ -61,15 +63,18 @@ def numbers(name: str, info: TensorInfo) -> NDArray[np.unsignedinteger] | None:
         size = info.shape[-1] * BLOCK
         code = math.sqrt(sum(m * m for m in MAGNITUDES) / len(MAGNITUDES))
         power = math.sqrt(sum(4.0**n for n in range(SCALES)) / SCALES)
-        first = BIAS + round(math.log2(size**-0.5 / (code * power)))
+        spread = size**-0.5 * (BRANCH if name.endswith("down.scales") else 1.0)
+        first = BIAS + round(math.log2(spread / (code * power)))
         return np.tile(np.arange(first, first + SCALES, dtype=np.uint8), 256 // SCALES)
     mean, spread = 0.0, info.shape[-1] ** -0.5  # of a linear map: its output is as large as its input
     if name.endswith("norm.weight"):
         mean, spread = 1.0, 0.1
+    elif name.endswith("out.weight"):
+        spread *= BRANCH
     elif name.endswith("router.weight"):
         spread *= 3  # a token's last expert then counts little, and so does which one rounding makes it
     elif name.endswith("bias"):
-        spread = 0.1
+        spread = 0.1 * BRANCH
     elif name.endswith(("sinks", "embed.weight")):
         spread = 1.0
     quantiles = torch.special.ndtri((torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16))

@@ -67,7 +67,8 @@ def test_numbers_are_spread_as_they_should_be(written: Path) -> None:
             assert len(scales.unique()) == synthetic.SCALES
             assert scales.max() < 255
             values = dequantize(Mxfp4(blocks, scales), torch.float32)
-            assert 0.6 < values.square().mean().sqrt() * size**0.5 < 1.5
+            wanted = synthetic.BRANCH if weight == "mlp2_weight" else 1.0
+            assert 0.6 < values.square().mean().sqrt() * size**0.5 / wanted < 1.5
     embedding = tensors["embedding.weight"].float()
     assert embedding.mean().abs() < 0.03
     assert (embedding.std() - 1).abs() < 0.03
@@ -83,7 +84,7 @@ def test_activations_stay_sane(written: Path) -> None:
     for layer in model.layers:
         layer.register_forward_hook(lambda module, args, out: sizes.append(float(out.square().mean().sqrt())))
     logits = model(torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0)))
-    assert all(0.5 < size < 20 for size in sizes)
+    assert all(0.7 < size < 1.5 for size in sizes)
     assert 0.3 < logits.std() < 3
 
 
