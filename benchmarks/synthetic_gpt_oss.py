@@ -2,8 +2,8 @@
 
 Every number is drawn: MXFP4 codes uniformly, all else from a normal distribution. Scales are those of a model before
 its training: activations stay near 1, a layer adds little to its stream, every expert is chosen about equally often. So
-what rounding does to the logits stays small, and mistakes show. The numbers of a tensor depend on the seed, its name and
-its size alone. It goes through the library's own writer, one tensor at a time.
+what rounding does to the logits stays small, and mistakes show. The numbers of a tensor depend on the seed, its name
+and its size alone. It goes through the library's own writer, one tensor at a time.
 
     python benchmarks/synthetic_gpt_oss.py /tmp/synthetic-20b
     python benchmarks/synthetic_gpt_oss.py /tmp/small --layers 4 --hidden 256 --intermediate 256 --vocab 1000
