@@ -315,8 +315,14 @@ def experts_grouped(call: "ExpertsCall", tiles: Tiles | None = None) -> Tensor:
         ROWS=tiles.rows, EVEN=width % tiles.columns == 0, **fixed,
     )  # fmt: skip
     y = torch.empty_like(x)
-    _combine[n, triton.cdiv(size, SUM)](parts, weights, residual, y, chosen.shape[1], size, BLOCK=SUM, num_warps=4)
+    combine(parts, weights, residual, y)
     return y
+
+
+def combine(parts: Tensor, weights: Tensor, residual: Tensor | None, y: Tensor) -> None:
+    """y `[N, M]` from what its choices gave, parts `[N k, M]`, weighted; and the residual."""
+    (n, size), k = y.shape, weights.shape[1]
+    _combine[n, triton.cdiv(size, SUM)](parts, weights, residual, y, k, size, BLOCK=SUM, num_warps=4)
 
 
 def _parts(weight: Tensor | Mxfp4) -> tuple[Tensor, Tensor | None]:
