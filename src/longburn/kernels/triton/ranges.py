@@ -2,7 +2,7 @@
 
 Tiles `0 .. kept - 1` hold all keys that a window keeps for ever; `low .. high - 1` what else is seen, and of these
 `full_low .. full_high - 1` are seen by every query, entirely. `low` is at least `kept`. Where the host knows the order
-of the keys the numbers follow from its own, else a small kernel reads the positions.
+of the keys the numbers follow from its own, else a small kernels read the positions.
 """
 
 import torch
@@ -17,8 +17,8 @@ from longburn.kernels.triton.tiles import last_seen, tile_start, tiles_over, til
 NUMBERS = tl.constexpr(5)
 MANY = tl.constexpr(1 << 30)  # more tiles than there are
 ENDLESS = tl.constexpr(1 << 62)  # later than every position
-TILES = 16  # looked at together
-_UNSPECIALISED = ["q_pos_stride", "k_pos_stride", "T", "S0", "S", "window", "sink_tokens", "lookahead"]
+TILES = 256  # looked at together
+_UNSPECIALISED = ["stride", "spans_stride", "T", "S0", "S", "window", "sink_tokens", "lookahead"]
 
 
 @triton.jit
@@ -98,12 +98,33 @@ def _write(ranges, kept, low, full_low, full_high, high):
     tl.store(ranges + 4, high)
 
 
+@triton.jit(do_not_specialize=["stride", "S0", "S"])
+def _spans(positions, stride, spans, S0, S, BN: tl.constexpr):
+    """Of each tile of positions the oldest and the newest that are there, and the least: -1 if one is not there."""
+    tile, b = tl.program_id(0), tl.program_id(1)
+    column = tile_start(tile, S0, BN) + tl.arange(0, BN)
+    inside = column < tl.where(tile < tl.cdiv(S0, BN), S0, S0 + S)
+    j = tl.load(positions + b * stride + column, mask=inside, other=-1)
+    at = spans + (b * tl.num_programs(0) + tile) * 3
+    tl.store(at, tl.min(tl.where(j >= 0, j, ENDLESS), 0))
+    tl.store(at + 1, tl.max(j, 0))
+    tl.store(at + 2, tl.min(j, 0))
+
+
+@triton.jit
+def _load_spans(spans, i, tiles):
+    """Of these tiles; those that do not exist look empty."""
+    inside = i < tiles
+    oldest = tl.load(spans + i * 3, mask=inside, other=ENDLESS)
+    return oldest, tl.load(spans + i * 3 + 1, mask=inside, other=-1), tl.load(spans + i * 3 + 2, mask=inside, other=-1)
+
+
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def _of_queries(
-    q_pos,
-    k_pos,
-    q_pos_stride,
-    k_pos_stride,
+    positions,
+    stride,
+    spans,
+    spans_stride,
     ranges,
     T,
     S0,
@@ -124,33 +145,31 @@ def _of_queries(
     tile, b = tl.program_id(0), tl.program_id(1)
     t = tile * BM // G + tl.arange(0, TOKENS)
     last_t = tl.minimum((tile * BM + BM - 1) // G, T - 1)
-    p = tl.load(q_pos + b * q_pos_stride + t, mask=t <= last_t, other=-1)
+    p = tl.load(positions + b * stride + t, mask=t <= last_t, other=-1)
     newest, oldest = tl.max(p, 0), tl.min(tl.where(p >= 0, p, ENDLESS), 0)
     first, last = _first_seen(oldest, window, WINDOWED), _last_seen(newest, lookahead, BLOCK, BOUNDED)
     all_first, all_last = _first_seen(newest, window, WINDOWED), _last_seen(oldest, lookahead, BLOCK, BOUNDED)
     tiles0 = tl.cdiv(S0, BN)
+    tiles = tiles0 + tl.cdiv(S, BN)
     kept, low, full_low, full_high, high = 0, 0 + MANY, 0 + MANY, 0 + MANY, 0
-    for start in range(0, tiles0 + tl.cdiv(S, BN), TILES):
+    for start in range(0, tiles, TILES):
         i = start + tl.arange(0, TILES)
-        column = tile_start(i, S0, BN)[:, None] + tl.arange(0, BN)[None, :]
-        inside = column < tl.where(i < tiles0, S0, S0 + S)[:, None]
-        j = tl.load(k_pos + b * k_pos_stride + column, mask=inside, other=-1)
-        oldest_key, newest_key = tl.min(tl.where(j >= 0, j, ENDLESS), 1), tl.max(j, 1)
+        oldest_key, newest_key, least = _load_spans(spans + b * spans_stride, i, tiles)
         near = (oldest_key <= last) & (newest >= 0)
         kept = tl.maximum(kept, tl.max(tl.where(near & (oldest_key < sink_tokens), i + 1, 0), 0))
-        whole = (tl.min(j, 1) >= 0) & (newest >= 0) & (newest_key <= all_last) & (oldest_key >= all_first)
-        whole &= i >= tiles0
-        low, full_low, full_high, high = _run(low, full_low, full_high, high, i, near & (newest_key >= first), whole)
+        whole = (least >= 0) & (newest >= 0) & (newest_key <= all_last) & (oldest_key >= all_first) & (i >= tiles0)
+        seen = near & (newest_key >= first)
+        low, full_low, full_high, high = _run(low, full_low, full_high, high, i, seen, whole)
     at = ranges + (b * tl.num_programs(0) + tile) * NUMBERS
     _write(at, kept, tl.maximum(low, kept), full_low, full_high, high)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def _of_keys(
-    q_pos,
-    k_pos,
-    q_pos_stride,
-    k_pos_stride,
+    positions,
+    stride,
+    spans,
+    spans_stride,
     ranges,
     T,
     S0,
@@ -169,44 +188,63 @@ def _of_keys(
     tile, b = tl.program_id(0), tl.program_id(1)
     column = tile_start(tile, S0, BN) + tl.arange(0, BN)
     inside = column < tl.where(tile < tl.cdiv(S0, BN), S0, S0 + S)
-    j = tl.load(k_pos + b * k_pos_stride + column, mask=inside, other=-1)
+    j = tl.load(positions + b * stride + column, mask=inside, other=-1)
     newest_key, oldest_key = tl.max(j, 0), tl.min(tl.where(j >= 0, j, ENDLESS), 0)
+    filled = tl.min(j, 0) >= 0
     kept = (oldest_key < sink_tokens).to(tl.int32)
+    tiles = tl.cdiv(T, BT)
     low, full_low, full_high, high = 0 + MANY, 0 + MANY, 0 + MANY, 0
-    for start in range(0, tl.cdiv(T, BT), TILES):
+    for start in range(0, tiles, TILES):
         i = start + tl.arange(0, TILES)
-        t = i[:, None] * BT + tl.arange(0, BT)[None, :]
-        p = tl.load(q_pos + b * q_pos_stride + t, mask=t < T, other=-1)
-        newest, oldest = tl.max(p, 1), tl.min(tl.where(p >= 0, p, ENDLESS), 1)
+        oldest, newest, least = _load_spans(spans + b * spans_stride, i, tiles)
         first, last = _first_seen(oldest, window, WINDOWED), _last_seen(newest, lookahead, BLOCK, BOUNDED)
         all_first, all_last = _first_seen(newest, window, WINDOWED), _last_seen(oldest, lookahead, BLOCK, BOUNDED)
         seen = (newest >= 0) & (oldest_key <= last) & ((newest_key >= first) | (kept > 0))
-        whole = (tl.min(p, 1) >= 0) & (tl.min(j, 0) >= 0) & (newest_key <= all_last) & (oldest_key >= all_first)
-        whole &= kept == 0
+        whole = (least >= 0) & filled & (newest_key <= all_last) & (oldest_key >= all_first) & (kept == 0)
         low, full_low, full_high, high = _run(low, full_low, full_high, high, i, seen, whole)
     _write(ranges + (b * tl.num_programs(0) + tile) * NUMBERS, kept, low, full_low, full_high, high)
 
 
-def of_queries(call: AttendCall, BM: int, BN: int) -> Tensor:
-    """`[rows of positions, tiles, 5]` int32: what each tile of BM rows of queries visits among tiles of BN keys."""
-    T, G = call.q.shape[2], call.groups
-    ranges = _numbers(call, triton.cdiv(T * G, BM))
+def of_queries(call: AttendCall, BM: int, BN: int, G: int = 1) -> Tensor:
+    """`[rows of positions, tiles, 5]` int32: what each tile of BM rows, G a token, visits among tiles of BN keys."""
+    sizes = arguments.sizes(call)
+    ranges = _numbers(call, triton.cdiv(sizes["T"] * G, BM))
     tokens = triton.next_power_of_2(triton.cdiv(BM - 1, G) + 1)
-    shared = {**arguments.positions(call), **arguments.sizes(call), **arguments.law(call)}
-    _of_queries[ranges.shape[1::-1]](**shared, ranges=ranges, G=G, TOKENS=tokens, BM=BM, BN=BN, TILES=TILES)
+    spans = _spans_of(call.k_pos, sizes["S0"], sizes["S"], BN)
+    _of_queries[ranges.shape[1::-1]](
+        *_rows(call.q_pos), *_rows(spans), ranges, **sizes, **arguments.law(call), G=G, TOKENS=tokens, BM=BM, BN=BN,
+        TILES=TILES,
+    )  # fmt: skip
     return ranges
 
 
 def of_keys(call: AttendCall, BT: int, BN: int) -> Tensor:
     """`[rows of positions, tiles of BN keys, 5]` int32: which tiles of BT tokens see each tile of keys."""
-    ranges = _numbers(call, tiles_of_keys(call, BN))
-    shared = {**arguments.positions(call), **arguments.sizes(call), **arguments.law(call)}
-    _of_keys[ranges.shape[1::-1]](**shared, ranges=ranges, BT=BT, BN=BN, TILES=TILES)
+    sizes = arguments.sizes(call)
+    ranges = _numbers(call, triton.cdiv(sizes["S0"], BN) + triton.cdiv(sizes["S"], BN))
+    spans = _spans_of(call.q_pos, 0, sizes["T"], BT)
+    _of_keys[ranges.shape[1::-1]](
+        *_rows(call.k_pos), *_rows(spans), ranges, **sizes, **arguments.law(call), BT=BT, BN=BN, TILES=TILES
+    )
     return ranges
 
 
-def tiles_of_keys(call: AttendCall, BN: int) -> int:
-    return int(triton.cdiv(arguments.first_slots(call), BN) + triton.cdiv(call.k.shape[2], BN))
+def stride(ranges: Tensor | None) -> int:
+    """From one row's ranges to the next one's: 0 if all rows have the same."""
+    return 0 if ranges is None or ranges.shape[0] == 1 else ranges.stride(0)
+
+
+def _rows(numbers: Tensor) -> tuple[Tensor, int]:
+    """Positions or what follows from them, and the stride from row to row."""
+    numbers = numbers if numbers.stride(-1) == 1 else numbers.contiguous()
+    return numbers, stride(numbers)
+
+
+def _spans_of(positions: Tensor, S0: int, S: int, BN: int) -> Tensor:
+    tiles = triton.cdiv(S0, BN) + triton.cdiv(S, BN)
+    spans = torch.empty(positions.shape[0], tiles, 3, dtype=torch.int64, device=positions.device)
+    _spans[tiles, positions.shape[0]](*_rows(positions), spans, S0, S, BN=BN)
+    return spans
 
 
 def _numbers(call: AttendCall, tiles: int) -> Tensor:

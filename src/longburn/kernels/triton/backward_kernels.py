@@ -1,0 +1,316 @@
+"""The kernels of the gradients of q, k and v, and of the terms of a bias that their sums give: by slope and by key."""
+
+import triton
+import triton.language as tl
+
+from longburn.kernels.triton.pairs import UNSPECIALISED, keys_at, matrix, pairs, queries_at, query_tile
+from longburn.kernels.triton.ranges import NUMBERS
+
+
+@triton.jit
+def products(out, dout, out_strides, dout_strides, delta, T, H, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """delta [B, H, T]: the sum over D of output and output gradient."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    there, first = t < T, tl.program_id(0) * BT
+    x = matrix(out + b * out_strides[0] + h * out_strides[1], out_strides[2], first, there, D, BT, BD, True)
+    y = matrix(dout + b * dout_strides[0] + h * dout_strides[1], dout_strides[2], first, there, D, BT, BD, True)
+    tl.store(delta + (b * H + h) * T + t, tl.sum(x.to(tl.float32) * y.to(tl.float32), 1), mask=there)
+
+
+@triton.jit
+def _visit_keys(
+    state,
+    tile,
+    mine,
+    queries,
+    base,
+    main,
+    k_pos,
+    S,
+    sink_tokens,
+    b,
+    h,
+    scale,
+    per_pair,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    LAW: tl.constexpr,
+    WANTS_SLOPE: tl.constexpr,
+):
+    """The sums of a tile of queries after one more tile of keys."""
+    dq, dq_sink, distances = state
+    k, v, k_strides, v_strides = main
+    keys = keys_at(k_pos, tile * BN + tl.arange(0, BN), S, base, sink_tokens)
+    k_here = matrix(k, k_strides[2], tile * BN, keys[1], D, BN, BD, LAW)
+    v_here = matrix(v, v_strides[2], tile * BN, keys[1], D, BN, BD, LAW)
+    _, ds = pairs(mine, k_here, v_here, queries, keys, b, h, scale, per_pair, WINDOWED, LAW, False)
+    if WANTS_SLOPE:
+        distances += tl.sum(ds * tl.abs(queries[2][:, None] - keys[3][None, :]).to(tl.float32), 1)
+    if LAW and per_pair[0] is not None:
+        kept = keys[2][None, :]
+        dq_sink = tl.dot(tl.where(kept, ds, 0.0).to(k_here.dtype), k_here, dq_sink, input_precision="ieee")
+        ds = tl.where(kept, 0.0, ds)
+    return tl.dot(ds.to(k_here.dtype), k_here, dq, input_precision="ieee"), dq_sink, distances
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def of_queries(
+    heads,
+    head_strides,
+    numbers,
+    main,
+    q_pos,
+    k_pos,
+    q_pos_stride,
+    k_pos_stride,
+    ranges,
+    ranges_stride,
+    slope,
+    row,
+    row_strides,
+    bias,
+    bias_strides,
+    zero,
+    entries,
+    dq,
+    dq_sink,
+    dq_strides,
+    distances,
+    T,
+    S0,
+    S,
+    window,
+    sink_tokens,
+    lookahead,
+    scale,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """The gradient of BT queries of one head; `distances` [B, H, T]: the sum of their scores' gradients by distance."""
+    tiles = tl.cdiv(T, BT)
+    pair = tl.program_id(0) % (tl.num_programs(0) // tiles)
+    tile = tiles - 1 - tl.program_id(0) // (tl.num_programs(0) // tiles)
+    b, h = (pair // H).to(tl.int64), pair % H
+    t = tile * BT + tl.arange(0, BT)
+    q_pos += b * q_pos_stride
+    base = tl.max(tl.load(q_pos + t, mask=t < T, other=-1), 0)
+    queries = queries_at(q_pos, t, T, base, window, lookahead, BLOCK, BOUNDED)
+    there = queries[1]
+    mine = query_tile(
+        heads[0],
+        heads[1],
+        heads[2],
+        head_strides,
+        numbers,
+        row,
+        row_strides,
+        b,
+        h,
+        H,
+        T,
+        tile * BT,
+        t,
+        there,
+        D,
+        BT,
+        BD,
+        True,
+    )
+    k, v, k_strides, v_strides = main
+    k += b * k_strides[0] + (h // G) * k_strides[1]
+    v += b * v_strides[0] + (h // G) * v_strides[1]
+    main_here = (k, v, k_strides, v_strides)
+    per_pair = (heads[1], slope, row, bias, bias_strides, zero, entries)
+    k_pos += b * k_pos_stride
+
+    at = ranges + b * ranges_stride + tile * NUMBERS
+    kept, low, full_low, full_high, high = (
+        tl.load(at),
+        tl.load(at + 1),
+        tl.load(at + 2),
+        tl.load(at + 3),
+        tl.load(at + 4),
+    )
+    sums = tl.zeros((BT, BD), tl.float32)
+    state = (sums, sums if dq_sink is not None else tl.zeros((1,), tl.float32), tl.zeros((BT,), tl.float32))
+    for i in range(0, kept + full_low - low + high - full_high):
+        j = tl.where(i < kept, i, i - kept + low)
+        j = tl.where(j >= full_low, j + full_high - full_low, j)
+        state = _visit_keys(
+            state, j, mine, queries, base, main_here, k_pos, S, sink_tokens, b, h, scale, per_pair, D, BN, BD, WINDOWED,
+            True, distances is not None,
+        )  # fmt: skip
+    for j in range(full_low, full_high):
+        state = _visit_keys(
+            state, j, mine, queries, base, main_here, k_pos, S, sink_tokens, b, h, scale, per_pair, D, BN, BD, WINDOWED,
+            False, distances is not None,
+        )  # fmt: skip
+
+    d = tl.arange(0, BD)[None, :]
+    inside = (t < T)[:, None] & (d < D)
+    at = (b * dq_strides[0] + h * dq_strides[1] + t.to(tl.int64) * dq_strides[2])[:, None] + d
+    tl.store(dq + at, tl.where(there[:, None], state[0] * scale, 0.0).to(dq.dtype.element_ty), mask=inside)
+    if dq_sink is not None:
+        tl.store(dq_sink + at, tl.where(there[:, None], state[1] * scale, 0.0).to(dq.dtype.element_ty), mask=inside)
+    if distances is not None:
+        tl.store(distances + (b * H + h) * T + t, tl.where(there, state[2], 0.0), mask=t < T)
+
+
+@triton.jit
+def _visit_queries(
+    state,
+    tile,
+    heads,
+    head_strides,
+    numbers,
+    row,
+    row_strides,
+    k,
+    v,
+    keys,
+    base,
+    q_pos,
+    T,
+    window,
+    lookahead,
+    b,
+    h,
+    scale,
+    per_pair,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    LAW: tl.constexpr,
+    WANTS_KEY: tl.constexpr,
+):
+    """The sums of a tile of keys after one more tile of queries."""
+    dk, dv, dkey = state
+    t = tile * BT + tl.arange(0, BT)
+    queries = queries_at(q_pos, t, T, base, window, lookahead, BLOCK, BOUNDED)
+    mine = query_tile(
+        heads[0],
+        heads[1],
+        heads[2],
+        head_strides,
+        numbers,
+        row,
+        row_strides,
+        b,
+        h,
+        H,
+        T,
+        tile * BT,
+        t,
+        queries[1],
+        D,
+        BT,
+        BD,
+        LAW,
+    )
+    weights, ds = pairs(mine, k, v, queries, keys, b, h, scale, per_pair, WINDOWED, LAW, True)
+    dv = tl.dot(weights.to(k.dtype), mine[2], dv, input_precision="ieee")
+    if WANTS_KEY:
+        dkey += tl.sum(ds, 1)
+    if LAW and per_pair[0] is not None:
+        kept = keys[2][:, None]
+        dk = tl.dot(tl.where(kept, ds, 0.0).to(k.dtype), mine[1], dk, input_precision="ieee")
+        ds = tl.where(kept, 0.0, ds)
+    return tl.dot(ds.to(k.dtype), mine[0], dk, input_precision="ieee"), dv, dkey
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def of_keys(
+    heads,
+    head_strides,
+    numbers,
+    main,
+    q_pos,
+    k_pos,
+    q_pos_stride,
+    k_pos_stride,
+    ranges,
+    ranges_stride,
+    slope,
+    row,
+    row_strides,
+    bias,
+    bias_strides,
+    zero,
+    entries,
+    dk,
+    dv,
+    dk_strides,
+    dkey,
+    T,
+    S0,
+    S,
+    window,
+    sink_tokens,
+    lookahead,
+    scale,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """The gradients of BN keys and values of one kv head, over its group; `dkey` [B, H, S]: those of a key's bias."""
+    tiles = tl.cdiv(S, BN)
+    K: tl.constexpr = H // G
+    pair, tile = tl.program_id(0) % (tl.num_programs(0) // tiles), tl.program_id(0) // (tl.num_programs(0) // tiles)
+    b, kv = (pair // K).to(tl.int64), pair % K
+    column = tile * BN + tl.arange(0, BN)
+    k_pos += b * k_pos_stride
+    q_pos += b * q_pos_stride
+    base = tl.max(tl.load(k_pos + column, mask=column < S, other=-1), 0)
+    keys = keys_at(k_pos, column, S, base, sink_tokens)
+    k, v, k_strides, v_strides = main
+    k_here = matrix(k + b * k_strides[0] + kv * k_strides[1], k_strides[2], tile * BN, keys[1], D, BN, BD, True)
+    v_here = matrix(v + b * v_strides[0] + kv * v_strides[1], v_strides[2], tile * BN, keys[1], D, BN, BD, True)
+
+    at = ranges + b * ranges_stride + tile * NUMBERS
+    low, full_low, full_high, high = tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
+    sums = tl.zeros((BN, BD), tl.float32)
+    state = (sums, sums, tl.zeros((BN,), tl.float32))
+    per_pair = (heads[1], slope, row, bias, bias_strides, zero, entries)
+    for g in range(0, G):
+        h = kv * G + g
+        for i in range(0, full_low - low + high - full_high):
+            j = low + i
+            j = tl.where(j >= full_low, j + full_high - full_low, j)
+            state = _visit_queries(
+                state, j, heads, head_strides, numbers, row, row_strides, k_here, v_here, keys, base, q_pos, T, window,
+                lookahead, b, h, scale, per_pair, H, D, BT, BD, BLOCK, WINDOWED, BOUNDED, True, dkey is not None,
+            )  # fmt: skip
+        for j in range(full_low, full_high):
+            state = _visit_queries(
+                state, j, heads, head_strides, numbers, row, row_strides, k_here, v_here, keys, base, q_pos, T, window,
+                lookahead, b, h, scale, per_pair, H, D, BT, BD, BLOCK, WINDOWED, BOUNDED, False, dkey is not None,
+            )  # fmt: skip
+        if dkey is not None:
+            tl.store(dkey + (b * H + h) * S + column, state[2], mask=column < S)
+            state = (state[0], state[1], tl.zeros((BN,), tl.float32))
+
+    d = tl.arange(0, BD)[None, :]
+    inside = (column < S)[:, None] & (d < D)
+    at = (b * dk_strides[0] + kv * dk_strides[1] + column.to(tl.int64) * dk_strides[2])[:, None] + d
+    tl.store(dk + at, (state[0] * scale).to(dk.dtype.element_ty), mask=inside)
+    tl.store(dv + at, state[1].to(dv.dtype.element_ty), mask=inside)
