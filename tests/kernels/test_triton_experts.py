@@ -93,14 +93,16 @@ def test_experts_beyond_those_there_are_count_as_the_nearest() -> None:
 @pytest.mark.parametrize(("n", "k", "count"), [(1, 4, 6), (300, 3, 5), (129, 1, 256)])
 def test_sorting(n: int, k: int, count: int, tokens: int) -> None:
     """Each choice once, in the order of experts and within one in its own order; tiles cover them, and end at one."""
-    from longburn.kernels.triton.experts_grouped import sort
+    from longburn.kernels.triton.sort import sort
 
     chosen = torch.randint(0, count, (n, k), generator=torch.Generator().manual_seed(n))
     chosen[chosen == 1] = 0  # nobody takes 1, many take 0
     with use_impl("triton"):
-        order, table = sort(chosen, count, tokens)
+        order, back, ends, table = sort(chosen, count, tokens)
     flat = chosen.flatten()
     assert order.tolist() == flat.argsort(stable=True).tolist()
+    assert order[back].tolist() == list(range(n * k))
+    assert ends.tolist() == flat.bincount(minlength=count).cumsum(0).tolist()
     rows = []
     for expert, first, end in table.tolist():
         if expert >= 0:

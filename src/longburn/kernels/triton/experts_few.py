@@ -21,7 +21,8 @@ from triton.experimental.gluon import language as gl
 
 from longburn.kernels.mxfp4 import Mxfp4
 from longburn.kernels.triton import interprets
-from longburn.kernels.triton.experts_grouped import combine, sort
+from longburn.kernels.triton.combine import combine
+from longburn.kernels.triton.sort import sort
 
 if TYPE_CHECKING:
     from longburn.kernels.experts import ExpertsCall
@@ -32,6 +33,7 @@ WORDS = gl.constexpr(4)  # of eight values, in a block
 WARPS = 4  # that share the blocks of a row
 AHEAD = 6  # pairs of loads of a thread that are under way
 GROUPS = 2  # of sixteen rows, of a program: they share the tokens
+FEW = 128  # choices in all, up to which a tile of eight holds most of what one expert gets
 MOST_CHOICES = 8  # of a token: columns of an `mma`
 
 
@@ -353,6 +355,8 @@ def why_not(call: "ExpertsCall") -> str | None:
         return f"needs bf16, got {call.x.dtype}"
     if interprets():
         return "cannot be interpreted"
+    if call.chosen.numel() > FEW:
+        return f"takes {FEW} choices at most, got {call.chosen.numel()}"
     if call.chosen.shape[1] > MOST_CHOICES:
         return f"takes {MOST_CHOICES} choices of a token at most, got {call.chosen.shape[1]}"
     if any(weight.blocks.data_ptr() % 16 for weight in (call.gate_up, call.down)):
@@ -372,7 +376,7 @@ def experts_few(call: "ExpertsCall") -> Tensor:
     up, down = _words(call.gate_up), _words(call.down)
     order, table, tiles = None, None, n * k
     if n > 1:
-        order, table = sort(chosen, count, 8)
+        order, _, _, table = sort(chosen, count, 8)
         tiles = len(table)
     _product[triton.cdiv(both, 16 * GROUPS), tiles](
         *(x.view(torch.int32), chosen, order, table, *up, call.gate_up_bias, hidden),

@@ -13,69 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from longburn.kernels.mxfp4 import Mxfp4, dequantize
+from longburn.kernels.triton.combine import combine, swiglu
 from longburn.kernels.triton.mxfp4 import BYTES, is_fast, operand_type, unpack
+from longburn.kernels.triton.sort import sort
 
 if TYPE_CHECKING:
     from longburn.kernels.experts import ExpertsCall
 
-CHUNK = 128  # choices that one program sorts
-SPLIT, SUM = 256, 1024  # pairs of columns, and columns, of a program
+SPLIT = 256  # pairs of columns of a program
 UNPACK_FROM = 256  # choices for each expert there is, from which on weights are unpacked before and not in the products
-
-
-@triton.jit
-def _chosen(chosen, at, total, count):
-    """Experts of choices, held to those there are; -1 beyond the last choice."""
-    expert = tl.load(chosen + at, mask=at < total, other=0)
-    expert = tl.minimum(tl.maximum(expert, 0), count - 1).to(tl.int32)
-    return tl.where(at < total, expert, -1)
-
-
-@triton.jit
-def _count(chosen, counts, total, count, SIZE: tl.constexpr, EXPERTS: tl.constexpr):
-    """How many of this program's choices take each expert."""
-    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    experts = tl.arange(0, EXPERTS)
-    takes = (_chosen(chosen, at, total, count)[:, None] == experts[None]).to(tl.int32)
-    tl.store(counts + tl.program_id(0) * EXPERTS + experts, tl.sum(takes, 0))
-
-
-@triton.jit
-def _place(
-    chosen, counts, order, table, total, count, chunks, tiles,
-    SIZE: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Choices in the order of their experts (stable), and for each tile: its expert or -1, its first row, its end."""
-    chunk = tl.program_id(0)
-    experts = tl.arange(0, EXPERTS)
-    at = chunk * SIZE + tl.arange(0, SIZE)
-    takes = (_chosen(chosen, at, total, count)[:, None] == experts[None]).to(tl.int32)
-    before = tl.zeros((EXPERTS,), tl.int32)
-    if counts is None:
-        all = tl.sum(takes, 0)
-    else:
-        all = tl.zeros((EXPERTS,), tl.int32)
-        for first in range(0, chunks, ROWS):
-            row = first + tl.arange(0, ROWS)
-            some = tl.load(counts + row[:, None] * EXPERTS + experts[None], mask=(row < chunks)[:, None], other=0)
-            all += tl.sum(some, 0)
-            before += tl.sum(tl.where((row < chunk)[:, None], some, 0), 0)
-    start = tl.cumsum(all, 0) - all
-    place = tl.sum(takes * (tl.cumsum(takes, 0) - 1 + (start + before)[None]), 1)
-    tl.store(order + place, at, mask=at < total)
-    if chunk == 0:
-        own = (all + TOKENS - 1) // TOKENS
-        end = tl.cumsum(own, 0)
-        for first in range(0, tiles, ROWS):
-            tile = first + tl.arange(0, ROWS)
-            inside = (tile[:, None] >= (end - own)[None]) & (tile[:, None] < end[None])
-            expert = tl.sum(tl.where(inside, experts[None] + 1, 0), 1) - 1
-            row = tl.sum(tl.where(inside, (start - (end - own) * TOKENS)[None], 0), 1) + tile * TOKENS
-            stop = tl.sum(tl.where(inside, (start + all)[None], 0), 1)
-            to = table + 3 * tile
-            tl.store(to, expert, mask=tile < tiles)
-            tl.store(to + 1, row, mask=tile < tiles)
-            tl.store(to + 2, stop, mask=tile < tiles)
 
 
 @triton.jit
@@ -88,14 +34,6 @@ def _split(x, y, size, BLOCK: tl.constexpr):
     even, odd = tl.split(values)
     tl.store(y + row + pair, even, mask=pair < half)
     tl.store(y + row + half + pair, odd, mask=pair < half)
-
-
-@triton.jit
-def swiglu(gate, up, alpha, limit):
-    """The clamped SwiGLU, in fp32. Clamping leaves a NaN what it is."""
-    gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
-    up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
-    return gate / (1 + tl.exp(-alpha * gate)) * (up + 1)
 
 
 @triton.jit
@@ -219,21 +157,6 @@ def _down(
         tl.store(to, acc.to(parts.dtype.element_ty).T, mask=there[:, None] & exists[None])
 
 
-@triton.jit
-def _combine(parts, weights, residual, y, k, out, BLOCK: tl.constexpr):
-    """The weighted sum of what a token's choices gave, in their order, and the residual."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < out
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for choice in range(row * k, row * k + k):
-        part = tl.load(parts + choice * out + column, mask=inside, other=0).to(tl.float32)
-        acc += part * tl.load(weights + choice).to(tl.float32)
-    if residual is not None:
-        acc += tl.load(residual + row * out + column, mask=inside, other=0).to(tl.float32)
-    tl.store(y + row * out + column, acc.to(y.dtype.element_ty), mask=inside)
-
-
 class Tiles(NamedTuple):
     """Shapes of tiles: rows of a weight, tokens, and columns in a step (values, or bytes of packed weights)."""
 
@@ -254,31 +177,6 @@ def _tiles(choices: int, experts: int, packed: bool, wide: bool) -> Tiles:
     return Tiles(256, tokens, 64, 8, 3) if tokens == 128 else Tiles(128, tokens, 64, 4, 4)
 
 
-class Sorted(NamedTuple):
-    """Choices by expert: `order` int32 `[N k]`, and the table of tiles int32 `[tiles, 3]`."""
-
-    order: Tensor
-    table: Tensor
-
-
-def sort(chosen: Tensor, experts: int, tokens: int) -> Sorted:
-    """The order of choices `[N, k]` by their experts, and tiles of up to `tokens` of them."""
-    total, device = chosen.numel(), chosen.device
-    chunks, wide = triton.cdiv(total, CHUNK), triton.next_power_of_2(experts)
-    order = torch.empty(total, dtype=torch.int32, device=device)
-    table = torch.empty(min(total, total // tokens + experts), 3, dtype=torch.int32, device=device)
-    counts = None
-    if chunks > 1:
-        counts = torch.empty(chunks, wide, dtype=torch.int32, device=device)
-        _count[chunks,](chosen, counts, total, experts, SIZE=CHUNK, EXPERTS=wide)
-    size = CHUNK if chunks > 1 else max(triton.next_power_of_2(total), 16)
-    _place[chunks,](
-        *(chosen, counts, order, table, total, experts, chunks, len(table)),
-        SIZE=size, EXPERTS=wide, TOKENS=tokens, ROWS=max(4096 // wide, 4), num_warps=4,
-    )  # fmt: skip
-    return Sorted(order, table)
-
-
 def _unpacked(weight: Tensor | Mxfp4, dtype: torch.dtype) -> Tensor | Mxfp4:
     return dequantize(weight, dtype) if isinstance(weight, Mxfp4) else weight
 
@@ -293,7 +191,7 @@ def experts_grouped(call: "ExpertsCall", tiles: Tiles | None = None) -> Tensor:
         gate_up, down = _unpacked(gate_up, x.dtype), _unpacked(down, x.dtype)
     packed = isinstance(gate_up, Mxfp4) or isinstance(down, Mxfp4)
     tiles = tiles or _tiles(total, experts, packed, x.dtype == torch.float32)
-    order, table = sort(chosen, experts, tiles.tokens)
+    order, _, _, table = sort(chosen, experts, tiles.tokens)
     fixed = {
         "TOKENS": tiles.tokens, "COLUMNS": tiles.columns, "FAST": is_fast(x.dtype),
         "TYPE": operand_type(x.dtype),
@@ -317,12 +215,6 @@ def experts_grouped(call: "ExpertsCall", tiles: Tiles | None = None) -> Tensor:
     y = torch.empty_like(x)
     combine(parts, weights, residual, y)
     return y
-
-
-def combine(parts: Tensor, weights: Tensor, residual: Tensor | None, y: Tensor) -> None:
-    """y `[N, M]` from what its choices gave, parts `[N k, M]`, weighted; and the residual."""
-    (n, size), k = y.shape, weights.shape[1]
-    _combine[n, triton.cdiv(size, SUM)](parts, weights, residual, y, k, size, BLOCK=SUM, num_warps=4)
 
 
 def _parts(weight: Tensor | Mxfp4) -> tuple[Tensor, Tensor | None]:
