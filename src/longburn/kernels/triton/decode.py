@@ -17,11 +17,9 @@ from longburn.kernels.triton.decode_kernel import decode_kernel
 MAX_QUERIES = 16  # T
 MAX_HEAD = 256
 MAX_SPLITS = 128
-WARPS = 4
 LEAST_KEYS = 128  # of a split
-IN_FLIGHT = 96 << 10  # bytes of keys and values that a block loads ahead
 SCAN_FROM = 8  # times the window: from here on the positions are read first, to see which tiles to read
-MERGED = 8192  # elements of partial results that a block loads at once
+MERGED = 16384  # elements of partial results that a block loads at once
 NO_BIAS = BiasTerms()
 
 
@@ -57,7 +55,7 @@ def decode(call: AttendCall) -> AttendResult:
     S0 = 0 if k_before is None else k_before.shape[2]
     block_d, block_dv = (max(16, triton.next_power_of_2(n)) for n in (D, DV))
     rows = 32 if G * T > 16 and max(block_d, block_dv) <= 128 and q.element_size() == 2 else 16
-    ways, keys, least, stages = _tiles(block_d, k.element_size(), q.dtype == torch.float32)
+    ways, keys, least, warps, stages = _tiles(block_d, k.element_size(), q.dtype == torch.float32)
     tile = ways * keys
     heads = K * -(-G * T // rows)
     limit = _most_splits(heads if torch.are_deterministic_algorithms_enabled() else B * heads, q.device)
@@ -132,7 +130,7 @@ def decode(call: AttendCall) -> AttendResult:
         LEAST=least,
         SPLITS=triton.next_power_of_2(limit),
         TOGETHER=max(1, MERGED // (rows * block_dv)),
-        num_warps=WARPS,
+        num_warps=warps,
         num_stages=stages,
     )
     return out.transpose(1, 2), lse
@@ -148,12 +146,13 @@ def _step(x: Tensor, dim: int) -> int:
 
 
 @cache
-def _tiles(block_d: int, itemsize: int, exact: bool) -> tuple[int, int, int, int]:
-    """Softmaxes in a block (W), keys of each in one step (N), tiles of a split (at least), and tiles in flight."""
+def _tiles(block_d: int, itemsize: int, exact: bool) -> tuple[int, int, int, int, int]:
+    """Softmaxes in a block (W), keys of each in a step (N), tiles of a split (at least), warps, and tiles in flight."""
     if exact:  # products in true fp32 are no work for tensor cores: all warps share one small tile
-        return 1, 16, LEAST_KEYS // 16, 2
-    ways, keys = WARPS, 16
-    return ways, keys, LEAST_KEYS // (ways * keys), max(2, min(4, IN_FLIGHT // (ways * keys * 2 * block_d * itemsize)))
+        return 1, 16, LEAST_KEYS // 16, 8, 1 if block_d > 128 else 2
+    if block_d > 128:  # a softmax of a warp's own would not fit its registers
+        return 1, 64, LEAST_KEYS // 64, 8, 2
+    return 4, 16, LEAST_KEYS // 64, 4, 3 if block_d * itemsize <= 128 else 2
 
 
 @cache

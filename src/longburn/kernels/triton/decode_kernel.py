@@ -8,6 +8,18 @@ from longburn.kernels.triton.decode_tiles import LOG2_E, attend_tiles, merge_spl
 SCANNED = tl.constexpr(2048)  # positions that a block looks at together
 
 
+@triton.jit
+def _in_fp16(q, factor):
+    """Queries `[W, M, D]` in fp16, in which fp8 is exact, by powers of two; and the factor `[W, M, 1]` of their scores.
+
+    Rows of bf16 may lie beyond the range of fp16; their largest entry becomes about 2^10.
+    """
+    q = q.to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(q), 2, keep_dims=True), 1e-30)
+    power = 10.0 - tl.floor(tl.log2(largest))
+    return (q * tl.exp2(power)).to(tl.float16), factor * tl.exp2(-power)
+
+
 @triton.jit(
     do_not_specialize=["S", "S0", "H", "G", "T", "limit", "window", "sink_tokens", "lookahead", "zero", "entries"]
 )
@@ -144,7 +156,7 @@ def decode_kernel(
             v_before + b64 * v_before_strides[0] + head64 * v_before_strides[1],
             k_before_strides[2], v_before_strides[2], None, None, positions,
             key_at, table_at, dense_at, key_step, dense_step, zero, entries, law,
-            0, 0, first, stop, S0, factor, D, DV, BLOCK_D, BLOCK_DV, W, N, BLOCK, WINDOWED, BOUNDED,
+            0, 0, first, stop, S0, factor, factor, D, DV, BLOCK_D, BLOCK_DV, W, N, BLOCK, WINDOWED, BOUNDED,
         )  # fmt: skip
         first, last = tl.maximum(first - before, 0), tl.maximum(last - before, 0)
         positions += S0
@@ -168,7 +180,12 @@ def decode_kernel(
         low = lowest // TILE
         high = tl.maximum(tl.cdiv(highest, TILE), low)
     k_scales, v_scales = None, None
+    sink_factor = factor
     if k_scale is not None:
+        if queries.dtype != tl.float32:
+            queries, factor = _in_fp16(queries, factor)
+            if others is not None:
+                others, sink_factor = _in_fp16(others, sink_factor)
         k_scales = k_scale + b64 * k_scale_strides[0] + head64 * k_scale_strides[1]
         v_scales = v_scale + b64 * v_scale_strides[0] + head64 * v_scale_strides[1]
     acc, mass, top = attend_tiles(
@@ -177,7 +194,7 @@ def decode_kernel(
         v + b64 * v_strides[0] + head64 * v_strides[1],
         k_strides[2], v_strides[2], k_scales, v_scales, positions,
         key_at, table_at, dense_at, key_step, dense_step, zero, entries, law,
-        first, heads, low, high, slots, factor, D, DV, BLOCK_D, BLOCK_DV, W, N, BLOCK, WINDOWED, BOUNDED,
+        first, heads, low, high, slots, factor, sink_factor, D, DV, BLOCK_D, BLOCK_DV, W, N, BLOCK, WINDOWED, BOUNDED,
     )  # fmt: skip
 
     # --- the warps' softmaxes become one ---
@@ -200,5 +217,7 @@ def decode_kernel(
         tl.debug_barrier()  # all of the block's stores come before its one arrival
         if tl.atomic_add(counters + unit, 1, sem="acq_rel") == active - 1:
             tl.store(counters + unit, 0)
-            acc, mass, top = merge_splits(partial, stats, first_part, active, real, M, BLOCK_DV, SPLITS, TOGETHER)
+            acc, mass, top = merge_splits(
+                partial, stats, first_part, active, G * T - tile % row_tiles * M, M, BLOCK_DV, SPLITS, TOGETHER
+            )
             store_rows(acc, mass, top, out, lse, sinks, b, h, t, real, H, T, DV, BLOCK_DV)

@@ -20,6 +20,17 @@ def weight_of(part, whole):
 
 
 @triton.jit
+def _product(a, b, acc):
+    """a [W, M, X] times b [W, X, Y] onto acc: a warp for each of W if there are several, else all warps for one."""
+    PRECISION: tl.constexpr = "ieee" if a.dtype == tl.float32 else "tf32"
+    if a.shape[0] > 1:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+    else:
+        a, b = tl.reshape(a, [a.shape[1], a.shape[2]]), tl.reshape(b, [b.shape[1], b.shape[2]])
+        return tl.dot(a, b, tl.reshape(acc, [acc.shape[1], acc.shape[2]]), input_precision=PRECISION)[None]
+
+
+@triton.jit
 def attend_tiles(
     acc,  # [W, M, DV] weighted values
     mass,  # [W, M] weights
@@ -49,7 +60,8 @@ def attend_tiles(
     low,
     high,
     slots,
-    factor,
+    factor,  # of the scores with q and with q_sink
+    sink_factor,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -62,50 +74,54 @@ def attend_tiles(
 ):
     """The softmax's state after these tiles of one part of the keys."""
     window, sink_tokens, lookahead = law
-    PRECISION: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
+    nothing = tl.zeros([W, q.shape[1], N], tl.float32)
     way = tl.arange(0, W)[:, None, None] * N
     across, down = way + tl.arange(0, N)[None, None, :], way + tl.arange(0, N)[None, :, None]
     d, dv = tl.arange(0, BLOCK_D)[None, None, :], tl.arange(0, BLOCK_DV)[None, None, :]
     for i in range(0, head + high - low):
         start = tl.where(i < head, first + i, low + i - head) * (W * N)
+        # Beyond the last slot that one is read again and not seen: cheaper than to predicate every load.
         inside, below = start + across < slots, start + down < slots
-        kk = tl.load(k + start.to(tl.int64) * k_step + (down * k_step + d), mask=below & (d < D), other=0.0)
-        vv = tl.load(v + start.to(tl.int64) * v_step + (down * v_step + dv), mask=below & (dv < DV), other=0.0)
-        j = tl.load(k_pos + start + across, mask=inside, other=-1)
-        filled = tl.load(k_pos + start + down, mask=below, other=-1) >= 0
-        kk = tl.permute(kk, (0, 2, 1)).to(q.dtype)
-        s = tl.dot(q, kk, input_precision=PRECISION)
-        if q_sink is not None:
-            s = tl.where(j < sink_tokens, tl.dot(q_sink, kk, input_precision=PRECISION), s)
-        if k_scale is None:
-            s *= factor
+        column, slot = tl.minimum(start + across, slots - 1), tl.minimum(start + down, slots - 1)
+        if D < BLOCK_D:
+            kk = tl.load(k + (slot.to(tl.int64) * k_step + d), mask=d < D, other=0.0)
         else:
-            s *= factor * tl.load(k_scale + start + across, mask=inside, other=0.0)
+            kk = tl.load(k + (slot.to(tl.int64) * k_step + d))
+        if DV < BLOCK_DV:
+            vv = tl.load(v + (slot.to(tl.int64) * v_step + dv), mask=dv < DV, other=0.0)
+        else:
+            vv = tl.load(v + (slot.to(tl.int64) * v_step + dv))
+        j = tl.load(k_pos + column)
+        filled = (tl.load(k_pos + slot) >= 0) & below
+        kk = tl.permute(kk, (0, 2, 1)).to(q.dtype)
+        s = _product(q, kk, nothing) * factor
+        if q_sink is not None:
+            s = tl.where(j < sink_tokens, _product(q_sink, kk, nothing) * sink_factor, s)
+        if k_scale is not None:
+            s *= tl.load(k_scale + column)
         if slope is not None:
             s -= slope * tl.abs(p - j).to(tl.float32)
         if row is not None:
             s += row
         if key is not None:
-            s += LOG2_E * tl.load(key + (start + across) * key_step, mask=inside, other=0.0).to(tl.float32)
+            s += LOG2_E * tl.load(key + column * key_step).to(tl.float32)
         if table is not None:
             entry = tl.minimum(tl.maximum(p - j + zero, 0), entries - 1)
             s += LOG2_E * tl.load(table + entry).to(tl.float32)
         if dense is not None:
-            s += LOG2_E * tl.load(dense + (start + across) * dense_step, mask=inside, other=0.0).to(tl.float32)
-        s = tl.where(sees(p, j, window, sink_tokens, lookahead, BLOCK, WINDOWED, BOUNDED), s, float("-inf"))
+            s += LOG2_E * tl.load(dense + column * dense_step).to(tl.float32)
+        seen = inside & sees(p, j, window, sink_tokens, lookahead, BLOCK, WINDOWED, BOUNDED)
+        s = tl.where(seen, s, float("-inf"))
+        if v_scale is not None:
+            # The scale of a value enters its weight, and the weights' reference with it: they stay below 1 in fp16.
+            v_factor = tl.log2(tl.where(j >= 0, tl.maximum(tl.load(v_scale + column), 1e-18), 1.0))
+            s += v_factor
         higher = tl.maximum(top, tl.max(s, 2))
         weights, shrink = weight_of(s, higher[:, :, None]), weight_of(top, higher)
-        mass = mass * shrink + tl.sum(weights, 2)
+        mass = mass * shrink + tl.sum(weights if v_scale is None else weights * tl.exp2(-v_factor), 2)
         top = higher
-        if v_scale is None:
-            vv = tl.where(filled, vv, 0.0)
-        elif q.dtype == tl.bfloat16:  # its range holds weights times scales, and fp8 is exact in it
-            weights *= tl.load(v_scale + start + across, mask=inside & (j >= 0), other=0.0)
-            vv = tl.where(filled, vv.to(tl.bfloat16), 0.0)
-        else:
-            vv = vv.to(tl.float32) * tl.load(v_scale + start + down, mask=below, other=0.0)
-            vv = tl.where(filled, vv.to(q.dtype), 0.0)
-        acc = tl.dot(weights.to(vv.dtype), vv, acc * shrink[:, :, None], input_precision=PRECISION)
+        vv = tl.where(filled, vv.to(q.dtype), 0.0)
+        acc = _product(weights.to(q.dtype), vv, acc * shrink[:, :, None])
     return acc, mass, top
 
 
@@ -115,26 +131,28 @@ def merge_splits(
     stats,
     first,
     active,
-    real,
+    rows,  # of M that are there
     M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     SPLITS: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
     """The state of all splits, in their order."""
-    m, dv = tl.arange(0, M), tl.arange(0, BLOCK_DV)[None, :]
-    stat = stats + ((first + tl.arange(0, SPLITS)[:, None]) * M + m[None, :]) * 2
-    there = tl.arange(0, SPLITS)[:, None] < active
-    tops = tl.load(stat, mask=there, other=float("-inf"))
+    m, e = tl.arange(0, M)[None, :], tl.arange(0, M * BLOCK_DV)[None, :]
+    s = tl.arange(0, SPLITS)[:, None]
+    stat = stats + ((first + s) * M + m) * 2
+    tops = tl.load(stat, mask=s < active, other=float("-inf"))
     top = tl.max(tops, 0)
-    mass = tl.sum(tl.load(stat + 1, mask=there, other=0.0) * weight_of(tops, top[None]), 0)
-    acc = tl.zeros([M, BLOCK_DV], tl.float32)
+    mass = tl.sum(tl.load(stat + 1, mask=s < active, other=0.0) * weight_of(tops, top[None]), 0)
+    acc = tl.zeros([M * BLOCK_DV], tl.float32)
     for start in range(0, active, TOGETHER):
-        for i in tl.static_range(TOGETHER):  # their loads do not wait for each other
-            at = (first + start + i) * M + m
-            own = tl.load(stats + at * 2, mask=real & (start + i < active), other=float("-inf"))
-            accs = tl.load(partial + at[:, None] * BLOCK_DV + dv, mask=(own > float("-inf"))[:, None], other=0.0)
-            acc += accs * weight_of(own, top)[:, None]
+        some = start + tl.arange(0, TOGETHER)[:, None]
+        own = tl.load(stats + ((first + some) * M + m) * 2, mask=some < active, other=float("-inf"))
+        weight = tl.broadcast_to(weight_of(own, top[None])[:, :, None], [TOGETHER, M, BLOCK_DV])
+        there = (some < active) & (e < rows * BLOCK_DV)
+        values = tl.load(partial + (first + some) * (M * BLOCK_DV) + e, mask=there, other=0.0)
+        acc += tl.sum(values * tl.reshape(weight, [TOGETHER, M * BLOCK_DV]), 0)
+    acc = tl.reshape(acc, [M, BLOCK_DV])
     return acc, mass, top
 
 
