@@ -109,12 +109,39 @@ def test_as_accurate_as_the_formula_in_low_precision(case: Case, D: int, dtype: 
     assert_as_accurate(ours, plain, exact, f"{case.name}, D {D}")
 
 
+SPLIT = [
+    Case("after old keys", after(333, 170), sinks=(-9, 9)),
+    Case("all keys, split", across(170, 400), lookahead=None),
+    windowed(past_window(700, 300, 200, 0), 200, 0),
+    windowed(past_window(700, 300, 200, 140), 200, 140),
+    windowed(after(500, 150), 40, 4),
+]
+
+
+@hopper
+@pytest.mark.cuda
+@pytest.mark.parametrize("border", [1, 64, 128, 199, 320])
+@pytest.mark.parametrize("case", SPLIT, ids=lambda case: case.name)
+def test_first_keys_elsewhere(case: Case, border: int) -> None:
+    case = replace(case, D=64)
+    given = inputs(case).to(torch.bfloat16)
+    call = on_gpu(call_of(case, given))
+    k, v = call.k, call.v
+    before = k[:, :, :border].contiguous(), v[:, :, :border].contiguous()
+    call = replace(call, k=k[:, :, border:], v=v[:, :, border:], before=before)
+    assert hopper_why_not(call) is None
+    out, lse = attend_hopper(call)
+    wanted, wanted_lse = dense(case, given)
+    torch.testing.assert_close(lse.cpu().double(), wanted_lse, atol=1e-4, rtol=1e-5)
+    assert_as_accurate([out], [dense(case, given, torch.bfloat16)[0]], [wanted], f"{case.name}, {border} elsewhere")
+
+
 @hopper
 @pytest.mark.cuda
 @pytest.mark.parametrize("sink", [None, float("-inf"), 2.5])
 def test_queries_that_see_nothing(sink: float | None) -> None:
     """A window that ends before the keys begin: 0, and the log-sum-exp of the sink alone."""
-    case = replace(CASES[-1], window=20, lookahead=None)
+    case = replace(CASES[-1], D=64)
     given = inputs(case).to(torch.bfloat16)
     sinks = None if sink is None else torch.full((case.H,), sink)
     out, lse = attend_hopper(on_gpu(replace(call_of(case, given), sinks=sinks)))
@@ -127,7 +154,8 @@ def test_queries_that_see_nothing(sink: float | None) -> None:
 @hopper
 @pytest.mark.cuda
 def test_the_same_bits_again() -> None:
-    call = on_gpu(call_of(CASES[0], inputs(replace(CASES[0], D=64)).to(torch.bfloat16)))
+    case = replace(CASES[-2], D=128)
+    call = on_gpu(call_of(case, inputs(case).to(torch.bfloat16)))
     first, again = attend_hopper(call), attend_hopper(call)
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
@@ -152,8 +180,8 @@ def test_on_the_cpu_it_refuses_for_the_device_alone() -> None:
         (lambda: call(ring(200, 70, 70, 2, 0)), "order the host knows"),
         (lambda: call(ragged([(3, 64, 0), (4, 64, 0)], 64, 80)), "order the host knows"),
         (lambda: call(q_sink=torch.ones(2, 4, 70, 64)), "one query"),
-        (lambda: call(before=(torch.ones(2, 2, 3, 64), torch.ones(2, 2, 3, 64))), "in one piece"),
-        (lambda: call(scales=(torch.ones(2, 2, 70), torch.ones(2, 2, 70))), "in the type of q"),
+        (lambda: call(before=(torch.ones(2, 2, 70, 64), torch.ones(2, 2, 70, 64))), "order the host knows"),
+        (lambda: call(scales=(torch.ones(2, 2, 70), torch.ones(2, 2, 70))), "keys in the type of q"),
         (lambda: call_of(Case("", from_zero(70), D=64, bias="key"), biased("key")), "slope only"),
         (lambda: call_of(Case("", from_zero(70), D=64, bias="dense"), biased("dense")), "slope only"),
         (lambda: call(scale=-1.0), "positive scale, got -1.0"),

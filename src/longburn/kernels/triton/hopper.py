@@ -25,7 +25,7 @@ def hopper_why_not(call: AttendCall) -> str | None:
     device = call.q.device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != CAPABILITY:
         return f"needs a CUDA device of capability 9.0, got {device}"
-    return next((reason for x in (call.q, call.k, call.v) if (reason := _copy_why_not(x))), None)
+    return next((reason for x in (call.q, call.k, call.v, *(call.before or ())) if (reason := _copy_why_not(x))), None)
 
 
 def _law_why_not(call: AttendCall) -> str | None:
@@ -36,15 +36,15 @@ def _law_why_not(call: AttendCall) -> str | None:
         return f"takes head sizes {' and '.join(map(str, STAGES))}, got {D} and {call.v.shape[3]}"
     if q.shape[2] < MIN_QUERIES:
         return f"needs at least {MIN_QUERIES} queries, got {q.shape[2]}"
-    if call.before is not None or call.scales is not None or call.q_sink is not None:
-        return "takes one query and keys in one piece, in the type of q"
+    if call.scales is not None or call.q_sink is not None:
+        return "takes one query, and keys in the type of q"
     terms = call.bias
     if terms is not None and any(x is not None for x in (terms.key, terms.row, terms.table, terms.dense)):
         return "takes a bias by slope only"
     if call.scale <= 0:
         return f"takes a positive scale, got {call.scale}"
     known = arguments.ordered(call)
-    if known is None or known.keys == 0:
+    if known is None or known.keys <= arguments.first_slots(call):
         return "needs queries and keys whose order the host knows, the same in all rows"
     if _slots(call, known) is None:
         return f"takes kept tokens apart from the other keys only where nothing else stands there, got {known}"
@@ -59,6 +59,7 @@ def attend_hopper(call: AttendCall) -> AttendResult:
     law = None if known is None else _slots(call, known)
     assert known is not None
     assert law is not None
+    border = arguments.first_slots(call)
     out = arguments.empty_like_heads(q)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     tiles = triton.cdiv(T, GROUPS.value * ROWS.value) * B * H
@@ -66,8 +67,12 @@ def attend_hopper(call: AttendCall) -> AttendResult:
     with torch.cuda.device(q.device):
         forward[(min(tiles, blocks),)](
             _tiles(q, T, ROWS.value),
-            _tiles(k, known.keys, TILE.value),
-            _tiles(v, known.keys, TILE.value),
+            _tiles(k, known.keys - border, TILE.value),
+            _tiles(v, known.keys - border, TILE.value),
+            *(
+                None if x is None else _tiles(x, border, TILE.value)
+                for x in (call.before if border and call.before else (None, None))
+            ),
             _tiles(out, T, ROWS.value),
             lse,
             sinks=None if call.sinks is None else call.sinks.contiguous(),
@@ -77,6 +82,7 @@ def attend_hopper(call: AttendCall) -> AttendResult:
             H=H,
             G=call.groups,
             pairs=B * H,
+            border=border,
             D=D,
             STAGES=STAGES[D],
             num_warps=4,
@@ -84,7 +90,7 @@ def attend_hopper(call: AttendCall) -> AttendResult:
     return out, lse
 
 
-def _slots(call: AttendCall, known: Known) -> dict[str, int | bool] | None:
+def _slots(call: AttendCall, known: Known) -> dict[str, int] | None:
     """The law's numbers, in slots; None if it cannot be said in slots.
 
     Where positions are missing between the first slots and the others, distances between slots on both sides of the gap
@@ -93,19 +99,20 @@ def _slots(call: AttendCall, known: Known) -> dict[str, int | bool] | None:
     gap = known.k_start - known.head
     if gap and known.head:
         later = known.q_start >= known.k_start and (call.lookahead is None or call.lookahead >= 0)
-        kept = call.window is None or known.head <= call.sink_tokens
-        if not later or not kept or _slope(call) is not None:
+        always = call.window is None or known.head <= call.sink_tokens
+        if not later or not always or _slope(call) is not None:
             return None
     first = known.q_start - gap
     if first < 0 or first + known.q_count > arguments.FARTHEST:
         return None
     beyond = max(call.sink_tokens - known.k_start, 0)
+    kept = known.head + beyond if beyond else min(known.head, call.sink_tokens)
     return {
         "T": known.q_count,
         "keys": known.keys,
         "first": first,
         "rest": known.q_start % call.block,
-        "kept": known.head + beyond if beyond else min(known.head, call.sink_tokens),
+        "kept": kept,
         **{name: value for name, value in arguments.law(call).items() if name != "sink_tokens"},
     }
 

@@ -31,7 +31,7 @@ def _products(columns):
 
 
 @gluon.jit
-def _load(q, k, v, queries, keys, values, law: Law):
+def _load(q, k, v, before_k, before_v, queries, keys, values, law: Law):
     """The warp that loads: everything that the others will ask for, in that order."""
     i = 0
     for turn in range(law.rounds()):
@@ -41,9 +41,13 @@ def _load(q, k, v, queries, keys, values, law: Law):
                 queries.load(q, [b, h, (tile * GROUPS + group) * ROWS, 0], turn * GROUPS + group)
             near, top, kept = law.visits(tile)
             for n in range(near + kept):
-                at = [b, h // law.G, law.slot(n, near, top, kept), 0]
-                keys.load(k, at, i)
-                values.load(v, at, i)
+                slot = law.slot(n, near, top, kept)
+                if law.SPLIT and slot < law.border:
+                    keys.load(before_k, [b, h // law.G, slot, 0], i)
+                    values.load(before_v, [b, h // law.G, slot, 0], i)
+                else:
+                    keys.load(k, [b, h // law.G, slot - law.border, 0], i)
+                    values.load(v, [b, h // law.G, slot - law.border, 0], i)
                 i += 1
 
 
@@ -62,12 +66,9 @@ def _multiply(
             t = start + gl.arange(0, ROWS, PER_ROW)
             near, top, kept = law.visits(tile)
             count = near + kept
-            # Tiles 0 .. edge - 1 hold slots that are too late for some of the queries, those from `full` on too early.
-            edge = gl.minimum(gl.maximum(top + 1 - (law.last(start) + 1) // TILE, 1), count)
-            full = count
-            if law.WINDOWED:
-                full = top + 1 - gl.cdiv(gl.maximum(law.begin(start + ROWS - 1), 0), TILE)
-                full = gl.minimum(gl.maximum(full, edge), near)
+            # Tiles 0 .. edge - 1 hold slots too late for some of the queries, those from `cut` on slots too early.
+            edge = top + 1 - law.tiles_within(law.last(start) + 1)
+            cut = top + 1 - law.tiles_below(law.begin(start + ROWS - 1))
 
             # A learned sink is a first key with the value 0.
             most = gl.full([ROWS], LOWEST, gl.float32, PER_ROW)
@@ -88,32 +89,24 @@ def _multiply(
             s = _scores(q, keys.matrix(i))
             s = warpgroup_mma_wait(0, deps=[s])
             keys.give_back(i)
-            slot = law.slot(0, near, top, kept)
-            p, most, total, _ = _softmax(s, most, total, factor, t, slot, slope, law, True)
+            s = _seen(s, 0, edge, cut, t, law.slot(0, near, top, kept), law)
+            p, most, total, _ = _softmax(s, most, total, factor, t, law.slot(0, near, top, kept), slope, law)
             keys.wait(i + 1, count > 1)
-            n = 1
-            while n < edge:
-                slot = law.slot(n, near, top, kept)
-                p, acc, most, total = _step(
-                    i, n, count, p, acc, most, total, factor, q, t, slot, slope, keys, values, law, True
-                )
+            for n in range(1, count):
+                # The softmax of the n-th tile while the weights of the one before are multiplied with its values.
+                s = _scores(q, keys.matrix(i + 1))
+                acc = _weighted(p, values, i, acc)
+                s = warpgroup_mma_wait(1, deps=[s])
+                keys.give_back(i + 1)
+                s = _seen(s, n, edge, cut, t, law.slot(n, near, top, kept), law)
+                p, most, total, rescale = _softmax(s, most, total, factor, t, law.slot(n, near, top, kept), slope, law)
+                # Waiting for the next keys here keeps the softmax before the wait for the products: the assembler
+                # moves arithmetic across the latter, but not across a branch.
+                keys.wait(i + 2, n + 1 < count)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                values.give_back(i)
+                acc *= gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, OUTPUT)), 1)
                 i += 1
-                n += 1
-            while n < full:
-                slot = law.slot(n, near, top, kept)
-                p, acc, most, total = _step(
-                    i, n, count, p, acc, most, total, factor, q, t, slot, slope, keys, values, law, False
-                )
-                i += 1
-                n += 1
-            if law.WINDOWED:
-                while n < count:
-                    slot = law.slot(n, near, top, kept)
-                    p, acc, most, total = _step(
-                        i, n, count, p, acc, most, total, factor, q, t, slot, slope, keys, values, law, True
-                    )
-                    i += 1
-                    n += 1
             queries.give_back(place)
             acc = _weighted(p, values, i, acc)
             acc = warpgroup_mma_wait(0, deps=[acc])
@@ -140,53 +133,44 @@ def _scores(q, k):
 @gluon.jit
 def _weighted(p, values, i, acc):
     """The sum with the values of the i-th tile, weighted by p, under way."""
-    p = gl.convert_layout(p.to(values.tiles.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
     values.wait(i, True)
+    p = gl.convert_layout(p.to(values.tiles.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
     return warpgroup_mma(p, values.matrix(i), acc, is_async=True)
 
 
 @gluon.jit
-def _softmax(s, most, total, factor, t, slot, slope, law: Law, MASKED: gl.constexpr):
+def _seen(s, n, edge, cut, t, slot, law: Law):
+    """The scores of the n-th tile, minus infinity where the query does not see the slot."""
+    slots = gl.expand_dims(slot + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout)), 0)
+    if n < edge:
+        s = gl.where(slots <= gl.expand_dims(law.last(t), 1), s, float("-inf"))
+    if (law.WINDOWED or law.SPLIT) and n >= cut:
+        kept = slots.to(gl.uint32) < law.kept.to(gl.uint32)  # not those before the first slot
+        s = gl.where((slots >= gl.expand_dims(law.begin(t), 1)) | kept, s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def _softmax(s, most, total, factor, t, slot, slope, law: Law):
     """The weights of one tile of scores, the running maximum and total with it, and what rescales the sums so far."""
     slots = slot + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
     if slope is not None:
         distance = gl.expand_dims(t + law.first, 1) - gl.expand_dims(slots, 0)
         s = s * factor - slope * gl.maximum(distance, -distance).to(gl.float32)
         factor = 1.0
-    if MASKED:
-        seen = gl.expand_dims(slots, 0) <= gl.expand_dims(law.last(t), 1)
-        if law.WINDOWED:
-            within = gl.expand_dims(slots, 0) >= gl.expand_dims(law.begin(t), 1)
-            seen = seen & (within | gl.expand_dims(slots < law.kept, 0))
-        s = gl.where(seen, s, float("-inf"))
     new = gl.maximum(most, gl.max(s, 1) * factor)
     p = gl.exp2(s * factor - gl.expand_dims(new, 1))
     rescale = gl.exp2(most - new)
     return p, new, total * rescale + gl.sum(p, 1), rescale
 
 
-@gluon.jit
-def _step(i, n, count, p, acc, most, total, factor, q, t, slot, slope, keys, values, law: Law, MASKED: gl.constexpr):
-    """The softmax of the tile after the i-th while the i-th's weights, p, are multiplied with its values."""
-    s = _scores(q, keys.matrix(i + 1))
-    acc = _weighted(p, values, i, acc)
-    s = warpgroup_mma_wait(1, deps=[s])
-    keys.give_back(i + 1)
-    p, most, total, rescale = _softmax(s, most, total, factor, t, slot, slope, law, MASKED)
-    # Waiting for the next keys here keeps the softmax before the wait for the products: the assembler moves arithmetic
-    # across the latter, but not across a branch.
-    keys.wait(i + 2, n + 1 < count)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    values.give_back(i)
-    acc *= gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout)), 1)
-    return p, acc, most, total
-
-
-@gluon.jit(do_not_specialize=["T", "keys", "first", "rest", "lookahead", "window", "kept", "H", "G", "pairs"])
+@gluon.jit(do_not_specialize=["T", "keys", "first", "rest", "lookahead", "window", "kept", "border", "H", "G", "pairs"])
 def forward(
     q,
     k,
     v,
+    before_k,
+    before_v,
     out,
     lse,
     sinks,
@@ -199,6 +183,7 @@ def forward(
     lookahead,
     window,
     kept,
+    border,
     H,
     G,
     pairs,
@@ -208,8 +193,27 @@ def forward(
     BOUNDED: gl.constexpr,
     WINDOWED: gl.constexpr,
 ):
-    """q `[B, H, T, D]`, k and v `[B, K, keys, D]`, out like q, as descriptors of tiles; lse `[B, H, T]`."""
-    law = Law(T, keys, first, rest, lookahead, window, kept, H, G, pairs, BLOCK, BOUNDED, WINDOWED)
+    """q `[B, H, T, D]`, k and v `[B, K, S, D]`, out like q, as descriptors of tiles; lse `[B, H, T]`.
+
+    The first `border` keys and values may lie in `before_k` and `before_v`; `keys` counts all.
+    """
+    law = Law(
+        T,
+        keys,
+        first,
+        rest,
+        lookahead,
+        window,
+        kept,
+        border,
+        H,
+        G,
+        pairs,
+        BLOCK,
+        BOUNDED,
+        WINDOWED,
+        before_k is not None,
+    )
     queries = new_ring(q, GROUPS, 1)
     keys_ring = new_ring(k, STAGES, GROUPS)
     values_ring = new_ring(v, STAGES, GROUPS)
@@ -219,7 +223,7 @@ def forward(
         [
             (_multiply, (out, lse, sinks, slopes, factor, queries, keys_ring, values_ring, staged, law, 0, D)),
             (_multiply, (out, lse, sinks, slopes, factor, queries, keys_ring, values_ring, staged, law, 1, D)),
-            (_load, (q, k, v, queries, keys_ring, values_ring, law)),
+            (_load, (q, k, v, before_k, before_v, queries, keys_ring, values_ring, law)),
         ],
         [4, 1],
         [REGISTERS, FEW_REGISTERS],

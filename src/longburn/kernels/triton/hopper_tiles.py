@@ -1,7 +1,8 @@
 """What the parts of the kernel for Hopper share: the law in tiles, and rings of tiles in shared memory.
 
 Queries and keys are counted in slots: the query in column t stands at slot `first + t`, where its own key would be. It
-sees the slots up to its `last`, and of these those from its `begin` on and those below `kept`.
+sees the slots up to its `last`, and of these those from its `begin` on and those below `kept`. The first slots may lie
+in another tensor; tiles start at both tensors' border, so that each lies in one, and the very first at slot `-pad`.
 """
 
 from triton.experimental import gluon
@@ -25,20 +26,25 @@ class Law:
     lookahead: gl.tensor
     window: gl.tensor
     kept: gl.tensor
+    border: gl.tensor  # how many of the first slots lie in another tensor
     H: gl.tensor
     G: gl.tensor
     pairs: gl.tensor  # of batch row and head
     BLOCK: gl.constexpr
     BOUNDED: gl.constexpr
     WINDOWED: gl.constexpr
+    SPLIT: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, T, keys, first, rest, lookahead, window, kept, H, G, pairs, BLOCK, BOUNDED, WINDOWED):
+    def __init__(
+        self, T, keys, first, rest, lookahead, window, kept, border, H, G, pairs, BLOCK, BOUNDED, WINDOWED, SPLIT
+    ):
         self.T, self.keys, self.first, self.rest = T, keys, first, rest
-        self.lookahead, self.window, self.kept = lookahead, window, kept
+        self.lookahead, self.window = lookahead, window
+        self.kept, self.border = kept, border
         self.H, self.G, self.pairs = H, G, pairs
         self.BLOCK = gl.constexpr(BLOCK)
-        self.BOUNDED, self.WINDOWED = gl.constexpr(BOUNDED), gl.constexpr(WINDOWED)
+        self.BOUNDED, self.WINDOWED, self.SPLIT = gl.constexpr(BOUNDED), gl.constexpr(WINDOWED), gl.constexpr(SPLIT)
 
     @gluon.jit
     def tiles(self):
@@ -73,25 +79,43 @@ class Law:
     @gluon.jit
     def begin(self, t):
         """The first slot within the windows of queries in these columns."""
-        return t + self.first - self.window + 1
+        begin = t * 0
+        if self.WINDOWED:
+            begin = gl.maximum(t + self.first - self.window + 1, 0)
+        return begin
+
+    @gluon.jit
+    def pad(self):
+        """How far before the first slot its tile starts."""
+        return (TILE - self.border % TILE) % TILE
+
+    @gluon.jit
+    def tiles_below(self, slot):
+        """How many tiles start below this slot."""
+        return gl.cdiv(slot + self.pad(), TILE)
+
+    @gluon.jit
+    def tiles_within(self, slot):
+        """How many tiles lie entirely below this slot."""
+        return (slot + self.pad()) // TILE
 
     @gluon.jit
     def visits(self, tile):
         """How many tiles of keys a tile of queries visits near itself, the last of them, and how many of kept keys."""
         start = tile * (GROUPS * ROWS)
         end = gl.minimum(start + GROUPS * ROWS, self.T)
-        high = gl.maximum(gl.cdiv(self.last(end - 1) + 1, TILE), 1)
+        high = gl.maximum(self.tiles_below(self.last(end - 1) + 1), 1)
         low = 0
         kept = 0
         if self.WINDOWED:
-            low = gl.minimum(gl.maximum(self.begin(start), 0) // TILE, high - 1)
-            kept = gl.minimum(gl.cdiv(self.kept, TILE), low)
+            low = gl.minimum(self.tiles_within(self.begin(start)), high - 1)
+            kept = gl.minimum(gl.where(self.kept > 0, self.tiles_below(self.kept), 0), low)
         return high - low, high - 1, kept
 
     @gluon.jit
     def slot(self, i, near, top, kept):
         """The first slot of the i-th tile of keys: from the latest down, then the kept ones."""
-        return gl.where(i < near, top - i, near + kept - 1 - i) * TILE
+        return gl.where(i < near, top - i, near + kept - 1 - i) * TILE - self.pad()
 
 
 @aggregate
