@@ -115,7 +115,7 @@ def linear(call: "LinearCall") -> Tensor:
     if count == 1:
         # A parameter is not what the kernel before this one wrote.
         early = isinstance(weight, nn.Parameter) and (bias is None or isinstance(bias, nn.Parameter))
-        rows, cols, warps = (1, 2048, 8) if out <= FEW_OUTPUTS else (8, 1024, 4)
+        rows, cols, warps = (1, 2048, 8) if out <= FEW_OUTPUTS else (4, 1024, 4)
         _one_row[(triton.cdiv(out, rows),)](
             *(x, weight, bias, residual, y, out, size, weight.stride(0)),
             **{"BLOCK_OUT": rows, "BLOCK_IN": cols, "EARLY": early, "PDL": pdl},
