@@ -7,9 +7,10 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from longburn.kernels.mxfp4 import Mxfp4
-from longburn.kernels.triton import interprets
+from longburn.kernels.triton import interprets, overlaps
 from longburn.kernels.triton.combine import combine
 from longburn.kernels.triton.packed_rows import GROWN, ROWS, append, columns, sums, zeros
 from longburn.kernels.triton.sort import sort
@@ -52,6 +53,7 @@ def _place(unit):
 def _product(
     x, chosen, order, table, words, scales, bias, y, k, rows, experts, alpha, limit,
     GATED: gl.constexpr, GROUPS: gl.constexpr, BLOCKS: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """GROUPS times sixteen rows of an expert times one of its choices, or (with a table) up to eight of them.
 
@@ -61,6 +63,11 @@ def _product(
     L: gl.constexpr = gl.BlockedLayout([1, 1, 4], [8, 4, 1], [1, WARPS, 1], [2, 1, 0])
     X: gl.constexpr = gl.BlockedLayout([1, 1, 16], [8, 4, 1], [1, WARPS, 1], [2, 1, 0])
     Y: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [WARPS, 1], [1, 0])
+    # Once the first product has waited for the routing, the second may read that, and weights, beside it.
+    if PDL and GATED:
+        gdc_wait()
+    if PDL:
+        gdc_launch_dependents()
     first, at = gl.program_id(0) * (2 * ROWS * GROUPS), gl.program_id(1)
     g = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, X)))
     column = gl.arange(0, ROWS, gl.SliceLayout(0, Y))
@@ -80,7 +87,7 @@ def _product(
         for group in gl.static_range(GROUPS):
             upper, lower = _rows(first + 16 * group, rows, gl.SliceLayout(1, gl.SliceLayout(2, L)), GATED)
             lines = append(append(lines, expert * rows + upper), expert * rows + lower)
-        parts = sums(x, source, words, scales, lines, L, GROUPS, not GATED, BLOCKS, AHEAD, WARPS)
+        parts = sums(x, source, words, scales, lines, L, GROUPS, not GATED, BLOCKS, AHEAD, WARPS, PDL and not GATED)
         for group in gl.static_range(GROUPS):
             row, other = _rows(first + 16 * group, rows, gl.SliceLayout(1, Y), GATED)
             above, below = columns(parts[group], Y, WARPS)
@@ -105,7 +112,7 @@ def _product(
 @gluon.jit
 def _down(
     hidden, chosen, weights, words, scales, bias, residual, y, out, experts,
-    K: gl.constexpr, BLOCKS: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr,
+    K: gl.constexpr, BLOCKS: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Eight rows of one token's result. The upper and lower rows of group p are those of choices 2 p and 2 p + 1.
 
@@ -114,6 +121,8 @@ def _down(
     L: gl.constexpr = gl.BlockedLayout([1, 1, 4], [8, 4, 1], [1, WARPS, 1], [2, 1, 0])
     X: gl.constexpr = gl.BlockedLayout([1, 1, 16], [8, 4, 1], [1, WARPS, 1], [2, 1, 0])
     GROUPS: gl.constexpr = (K + 1) // 2
+    if PDL:
+        gdc_launch_dependents()
     token = gl.program_id(1)
     chosen += token * K
     weights += token * K
@@ -126,7 +135,7 @@ def _down(
     if K % 2:
         lines = append(lines, lines[K - 1])
     source = token * K + gl.minimum(g, K - 1)
-    parts = sums(hidden, source, words, scales, lines, L, GROUPS, True, BLOCKS, AHEAD, WARPS)
+    parts = sums(hidden, source, words, scales, lines, L, GROUPS, True, BLOCKS, AHEAD, WARPS, PDL)
     lane = gl.arange(0, 4 * WARPS, gl.SliceLayout(1, gl.SliceLayout(0, L)))[:, None][None, :, :] % 4
     acc = zeros(L, WARPS)
     for group in gl.static_range(GROUPS):
@@ -168,10 +177,13 @@ def experts_few(call: "ExpertsCall") -> Tensor:
     assert isinstance(call.gate_up, Mxfp4)
     assert isinstance(call.down, Mxfp4)
     x, chosen, weights = call.x.contiguous(), call.chosen.contiguous(), call.weights.contiguous()
+    x = x.clone() if x.data_ptr() % 16 else x  # it is read in words
     residual = None if call.residual is None else call.residual.contiguous()
     (n, size), (count, both), k = x.shape, call.gate_up_bias.shape, chosen.shape[1]
     units = both // 2
     hidden, y = x.new_empty(n * k, units), torch.empty_like(x)
+    pdl = overlaps(x.device)
+    fixed = {"AHEAD": AHEAD, "WARPS": WARPS, "PDL": pdl, "num_warps": WARPS, "launch_pdl": pdl}
     up, down = _words(call.gate_up), _words(call.down)
     order, table, tiles = None, None, n * k
     if n > 1:
@@ -180,21 +192,21 @@ def experts_few(call: "ExpertsCall") -> Tensor:
     _product[triton.cdiv(both, 16 * GROUPS), tiles](
         *(x.view(torch.int32), chosen, order, table, *up, call.gate_up_bias, hidden),
         *(k, both, count, call.alpha, call.limit),
-        GATED=True, GROUPS=GROUPS, BLOCKS=size // 32, AHEAD=AHEAD, WARPS=WARPS, num_warps=WARPS,
+        GATED=True, GROUPS=GROUPS, BLOCKS=size // 32, **fixed,
     )  # fmt: skip
     if n > 1:
         parts = x.new_empty(n * k, size)
         _product[triton.cdiv(size, 16 * GROUPS), tiles](
             *(hidden.view(torch.int32), chosen, order, table, *down, call.down_bias, parts),
             *(k, size, count, 0.0, 0.0),
-            GATED=False, GROUPS=GROUPS, BLOCKS=units // 32, AHEAD=AHEAD, WARPS=WARPS, num_warps=WARPS,
+            GATED=False, GROUPS=GROUPS, BLOCKS=units // 32, **fixed,
         )  # fmt: skip
         combine(parts, weights, residual, y)
     else:
         _down[triton.cdiv(size, 8), n](
             *(hidden.view(torch.int32), chosen, weights, *down),
             *(call.down_bias, residual, y, size, count),
-            K=k, BLOCKS=units // 32, AHEAD=AHEAD, WARPS=WARPS, num_warps=WARPS,
+            K=k, BLOCKS=units // 32, **fixed,
         )  # fmt: skip
     return y
 

@@ -13,6 +13,7 @@ times 2^-64, and the sums are multiplied by 2^64. This holds scale bytes to 192 
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_wait
 
 ROWS = gl.constexpr(8)  # of weights, of each of the two halves of an `mma`
 WORDS = gl.constexpr(4)  # of eight values, in a block
@@ -164,11 +165,12 @@ def zeros(L: gl.constexpr, WARPS: gl.constexpr):
 @gluon.jit
 def sums(
     x, source, words, scales, rows, L: gl.constexpr, GROUPS: gl.constexpr, PAIRED: gl.constexpr,
-    BLOCKS: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr,
+    BLOCKS: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
     """Each thread's part of the sums of GROUPS times sixteen rows of weights with the eight rows `source` of x.
 
     rows: the upper and the lower eight rows of each group. AHEAD: loads that are under way before the first is used.
+    WAIT: x is ready once the kernel before this one has ended.
     """
     X: gl.constexpr = gl.BlockedLayout([1, 1, 16], [8, 4, 1], [1, WARPS, 1], [2, 1, 0])
     STEPS: gl.constexpr = (BLOCKS + 4 * WARPS - 1) // (4 * WARPS)
@@ -179,6 +181,8 @@ def sums(
         for half in gl.static_range(2):
             line = rows[i % GROUPS * 2 + half]
             ahead = append(ahead, _weights(words, scales, line, i // GROUPS * 4 * WARPS, BLOCKS, L, WARPS))
+    if WAIT:
+        gdc_wait()
     gl.thread_barrier()  # which loads are not moved across: all these are under way before one is waited for
     for i in gl.static_range(STEPS * GROUPS):
         if i % GROUPS == 0:

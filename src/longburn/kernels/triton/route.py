@@ -6,6 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from longburn.kernels.triton import overlaps
 
 if TYPE_CHECKING:
     from longburn.kernels.route import RouteCall
@@ -14,8 +17,14 @@ LOGITS = 2048  # a program
 
 
 @triton.jit
-def _route(logits, chosen, weights, n, count, stride, k, KP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _route(
+    logits, chosen, weights, n, count, stride, k,
+    KP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """k rounds: take the largest logit, then set it aside. A NaN counts as the largest; the weights are then NaN."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert, place = tl.arange(0, BLOCK), tl.arange(0, KP)
     there = row[:, None] < n
@@ -51,8 +60,9 @@ def route(call: "RouteCall") -> tuple[Tensor, Tensor]:
     block = max(triton.next_power_of_2(count), 16)
     rows = 1 if n <= 256 else max(LOGITS // block, 1)
     if n:
-        sizes = (n, count, logits.stride(0), call.k)
+        pdl = overlaps(logits.device)
         _route[triton.cdiv(n, rows),](
-            logits, chosen, weights, *sizes, KP=triton.next_power_of_2(call.k), BLOCK=block, ROWS=rows, num_warps=1
-        )
+            *(logits, chosen, weights, n, count, logits.stride(0), call.k),
+            KP=triton.next_power_of_2(call.k), BLOCK=block, ROWS=rows, PDL=pdl, num_warps=1, launch_pdl=pdl,
+        )  # fmt: skip
     return chosen, weights
