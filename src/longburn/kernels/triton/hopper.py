@@ -1,5 +1,7 @@
 """Attention of many queries on Hopper GPUs, forward: where the host knows the order of queries and keys."""
 
+from functools import cache
+
 import torch
 import triton
 from torch import Tensor
@@ -124,9 +126,13 @@ def _slope(call: AttendCall) -> Tensor | None:
 def _tiles(x: Tensor, slots: int, rows: int) -> TensorDescriptor:
     """How to copy `rows` of the first `slots` of `[B, H, S, D]` at a time; what is not there reads as zeros."""
     B, H, _, D = x.shape
-    block = [1, 1, rows, D]
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
-    return TensorDescriptor(x, [B, H, slots, D], _strides(x), block, layout)
+    return TensorDescriptor(x, [B, H, slots, D], _strides(x), [1, 1, rows, D], _layout(rows, D, x.dtype))
+
+
+@cache
+def _layout(rows: int, D: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How such a tile lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, D], DTYPES[dtype])
 
 
 def _strides(x: Tensor) -> list[int]:
