@@ -92,6 +92,8 @@ def main(
                 continue
             if section in FROM_CHECKPOINT and writer is not None:
                 result["written"] = writer.communicate()[0].strip()
+                if writer.returncode:
+                    result["cut"]["checkpoint"] = f"{WRITER.name} failed with code {writer.returncode}"
                 writer = None
             left = 60 * minutes - (time.monotonic() - began)
             started = time.monotonic()
@@ -99,7 +101,8 @@ def main(
             result["sections"][section] = records
             if cut:
                 result["cut"][section] = cut
-            out.print(f"{section}: {len(records)} records in {time.monotonic() - started:.0f} s {cut or ''}")
+            took = f"{time.monotonic() - started:.0f} s"
+            out.print(f"{section}: {len(records)} records in {took}{f', {cut}' if cut else ''}")
             if save:
                 write_json(NAME, result)
     for sheet in sheets(result):
