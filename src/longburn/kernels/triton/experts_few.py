@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from longburn.kernels.experts import ExpertsCall
 
 WARPS = 4  # that share the blocks of a row
-AHEAD = 6  # pairs of loads of a thread that are under way
-GROUPS = 2  # of sixteen rows, of a program: they share the tokens
-FEW = 128  # choices in all, up to which a tile of eight holds most of what one expert gets
+AHEAD = 3  # pairs of loads of a thread that are under way
+GROUPS = 1  # of sixteen rows, of a program; they share the tokens
+WIDE, WIDER = 128, 2  # from so many choices on: groups
+FEW = 256  # choices in all, up to which this is faster than tiles of more than eight
 MOST_CHOICES = 8  # of a token: columns of an `mma`
 
 
@@ -185,21 +186,22 @@ def experts_few(call: "ExpertsCall") -> Tensor:
     pdl = overlaps(x.device)
     fixed = {"AHEAD": AHEAD, "WARPS": WARPS, "PDL": pdl, "num_warps": WARPS, "launch_pdl": pdl}
     up, down = _words(call.gate_up), _words(call.down)
+    groups = WIDER if n * k >= WIDE else GROUPS
     order, table, tiles = None, None, n * k
     if n > 1:
         order, _, _, table = sort(chosen, count, 8)
         tiles = len(table)
-    _product[triton.cdiv(both, 16 * GROUPS), tiles](
+    _product[triton.cdiv(both, 16 * groups), tiles](
         *(x.view(torch.int32), chosen, order, table, *up, call.gate_up_bias, hidden),
         *(k, both, count, call.alpha, call.limit),
-        GATED=True, GROUPS=GROUPS, BLOCKS=size // 32, **fixed,
+        GATED=True, GROUPS=groups, BLOCKS=size // 32, **fixed,
     )  # fmt: skip
     if n > 1:
         parts = x.new_empty(n * k, size)
-        _product[triton.cdiv(size, 16 * GROUPS), tiles](
+        _product[triton.cdiv(size, 16 * groups), tiles](
             *(hidden.view(torch.int32), chosen, order, table, *down, call.down_bias, parts),
             *(k, size, count, 0.0, 0.0),
-            GATED=False, GROUPS=GROUPS, BLOCKS=units // 32, **fixed,
+            GATED=False, GROUPS=groups, BLOCKS=units // 32, **fixed,
         )  # fmt: skip
         combine(parts, weights, residual, y)
     else:
