@@ -27,23 +27,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from longburn.sampling.choose import DRAW, MOST_LIKELY, DrawCall, take
 from longburn.sampling.config import SamplerConfig
 from longburn.sampling.counts import TokenCounts
 from longburn.sampling.processors import (
     MAX_VOCABULARY,
     clean,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-    keep_top_p_ranked,
     most_likely,
     penalise_frequency,
     penalise_presence,
     penalise_repetition,
-    pick,
-    weigh,
 )
-from longburn.sampling.uniform import streams, uniform
+from longburn.sampling.uniform import streams
 
 Device = torch.device | str | None
 
@@ -121,8 +116,7 @@ class Sampler:
         if not isinstance(draw, int) and (draw.shape != self._shape[:1] or draw.dtype != torch.int64):
             got = f"{draw.dtype} of shape {tuple(draw.shape)}"
             raise ValueError(f"Sampler: draw must be an int or int64 of shape ({self._shape[0]},), got {got}")
-        scores = clean(self._penalise(self._shift(logits.float()), counts))
-        tokens = self._pick(scores, draw)
+        tokens = self._pick(self._penalise(self._shift(logits), counts), draw)
         return Sampled(tokens) if logprobs is None else _with_logprobs(tokens, logits, logprobs)
 
     def reseed(self, other: Sampler) -> bool:
@@ -142,7 +136,7 @@ class Sampler:
         if self._offset is None:
             return logits
         index, value = self._offset
-        return logits.flatten().scatter_add(0, index, value).view(self._shape)
+        return logits.float().flatten().scatter_add(0, index, value).view(self._shape)
 
     def _penalise(self, logits: Tensor, counts: TokenCounts | None) -> Tensor:
         if not self.uses_counts:
@@ -150,6 +144,7 @@ class Sampler:
         if counts is None or counts.generated.shape != self._shape:
             got = "none" if counts is None else f"counts of shape {tuple(counts.generated.shape)}"
             raise ValueError(f"Sampler: a penalty is on and needs TokenCounts of shape {self._shape}, got {got}")
+        logits = logits.float()
         if self._repetition is not None:
             logits = penalise_repetition(logits, (counts.prompt + counts.generated) > 0, self._repetition)
         if self._frequency is not None:
@@ -158,13 +153,13 @@ class Sampler:
             logits = penalise_presence(logits, counts.generated, self._presence)
         return logits
 
-    def _pick(self, scores: Tensor, draw: Tensor | int) -> Tensor:
+    def _pick(self, logits: Tensor, draw: Tensor | int) -> Tensor:
         if len(self._groups) == 1:
-            return self._groups[0].pick(scores, draw)
-        tokens = torch.empty(self._shape[0], dtype=torch.int64, device=scores.device)
+            return self._groups[0].pick(logits, draw)
+        tokens = torch.empty(self._shape[0], dtype=torch.int64, device=logits.device)
         for group in self._groups:
             rows = group.rows
-            tokens[rows] = group.pick(scores[rows], draw if isinstance(draw, int) else draw[rows])
+            tokens[rows] = group.pick(logits[rows], draw if isinstance(draw, int) else draw[rows])
         return tokens
 
 
@@ -192,9 +187,8 @@ class _Greedy:
 
     rows: Tensor
 
-    def pick(self, scores: Tensor, _draw: Tensor | int) -> Tensor:
-        best, token = scores.max(-1)  # of equal maxima, the first
-        return torch.where(best > -torch.inf, token, -1)
+    def pick(self, logits: Tensor, _draw: Tensor | int) -> Tensor:
+        return MOST_LIKELY(logits)
 
 
 @dataclass(frozen=True)
@@ -224,17 +218,9 @@ class _Random:
             _column([config.min_p for config in configs], 0.0, torch.float64, device),
         )
 
-    def pick(self, scores: Tensor, draw: Tensor | int) -> Tensor:
-        ids = most_likely(scores, self.width) if self.width else None
-        mass = weigh(scores if ids is None else scores.gather(-1, ids), self.temperature)
-        if self.top_k is not None:
-            mass = keep_top_k(mass, self.top_k)
-        if self.top_p is not None:
-            mass = keep_top_p(mass, self.top_p, scores) if ids is None else keep_top_p_ranked(mass, self.top_p)
-        if self.min_p is not None:
-            mass = keep_min_p(mass, self.min_p)
-        index = pick(mass, uniform(self.stream, draw))
-        return index if ids is None else _take(ids, index, missing=-1)
+    def pick(self, logits: Tensor, draw: Tensor | int) -> Tensor:
+        settings = (self.stream, self.width, self.temperature, self.top_k, self.top_p, self.min_p)
+        return DRAW(DrawCall(logits, draw, *settings))
 
 
 def _seedless(configs: Sequence[SamplerConfig]) -> list[SamplerConfig]:
@@ -278,18 +264,12 @@ def _offset(configs: Sequence[SamplerConfig], vocab_size: int, device: Device) -
     return places, torch.tensor(list(offset.values()), dtype=torch.float32, device=device)
 
 
-def _take(values: Tensor, index: Tensor, missing: float) -> Tensor:
-    """`values[b, index[b]]`, or `missing` where the index is -1."""
-    taken = values.gather(-1, index.clamp_min(0)[:, None]).squeeze(-1)
-    return torch.where(index >= 0, taken, missing)
-
-
 def _with_logprobs(tokens: Tensor, logits: Tensor, n: int) -> Sampled:
     if not 0 <= n <= logits.shape[-1]:
         raise ValueError(f"Sampler: logprobs must be None or in 0 .. {logits.shape[-1]}, got {n}")
     # A row of -inf has no distribution: NaN from log_softmax, "impossible" for every token here.
     logprobs = clean(clean(logits.float()).log_softmax(-1))
-    chosen = _take(logprobs, tokens, missing=-torch.inf)
+    chosen = take(logprobs, tokens, missing=-torch.inf)
     if n == 0:
         return Sampled(tokens, chosen)
     top = most_likely(logprobs, n)
