@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
 import gpu
 import gpu_attention
 import gpu_model
 import gpu_summary
 import gpu_timing
+import machine
 from gpu_attention import Inputs, KeyBias, Prefill, Shape, compare, truth
 from longburn import Alibi, AttnWindow, attend, use_impl
 from longburn.models.gpt_oss import GptOss, GptOssConfig
@@ -168,6 +170,54 @@ def test_what_a_failing_section_has_done_counts(worker: Path) -> None:
     assert why is not None
     assert why.startswith("failed: ")
     assert why.endswith("ValueError: out of memory")
+
+
+@pytest.fixture
+def pretended(worker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A GPU that is not there, a writer and a worker that do nothing; gives the directory of results."""
+    worker.write_text(
+        "import json, pathlib, sys\njob = json.load(sys.stdin)\n"
+        "assert job['section'] != 'transformers', 'no room'\n"
+        "written = job['checkpoint'] != 'None' and pathlib.Path(job['checkpoint'], 'config.json').exists()\n"
+        "print(json.dumps({'case': job['section'], 'engine': 'e', 'written': written}))"
+    )
+    (tmp_path / "writer.py").write_text("import pathlib, sys\npathlib.Path(sys.argv[1], 'config.json').touch()")
+    monkeypatch.setattr(gpu, "WRITER", tmp_path / "writer.py")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "describe_gpu", lambda: {})
+    monkeypatch.setattr(gpu, "sheets", lambda result: [])
+    monkeypatch.setattr(machine, "ASSETS", tmp_path / "assets")
+    return tmp_path / "assets"
+
+
+def test_a_run_keeps_what_its_sections_gave(pretended: Path, tmp_path: Path) -> None:
+    gpu.main(only="decode attention,model,transformers", checkpoint=None, scratch=tmp_path, minutes=1, save=True)
+    result = json.loads((pretended / "gpu.json").read_text())
+    assert list(result["sections"]) == ["decode attention", "model", "transformers"]
+    assert result["sections"]["model"] == [{"case": "model", "engine": "e", "written": True}]
+    assert result["sections"]["transformers"] == []
+    assert list(result["cut"]) == ["transformers"]
+    assert result["cut"]["transformers"].endswith("no room")
+    assert not list(tmp_path.glob("longburn-20b-*"))
+
+
+def test_a_checkpoint_of_ones_own_is_not_written(pretended: Path, tmp_path: Path) -> None:
+    gpu.main(only="model", checkpoint=tmp_path / "own", scratch=None, minutes=1, save=True)
+    result = json.loads((pretended / "gpu.json").read_text())
+    assert result["sections"]["model"] == [{"case": "model", "engine": "e", "written": False}]
+    assert "written" not in result
+
+
+def test_a_writer_that_fails_is_told(pretended: Path, tmp_path: Path) -> None:
+    gpu.WRITER.write_text("raise SystemExit(3)")
+    gpu.main(only="model", checkpoint=None, scratch=tmp_path, minutes=1, save=True)
+    assert json.loads((pretended / "gpu.json").read_text())["cut"] == {"checkpoint": "writer.py failed with code 3"}
+
+
+def test_sections_that_do_not_exist(pretended: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="no section modle; there are ceilings, decode attention"):
+        gpu.main(only="modle", checkpoint=None, scratch=None, minutes=1, save=True)
+    assert not pretended.exists()
 
 
 def timed(case: str, engine: str, seconds: float, **more: Any) -> dict[str, Any]:
