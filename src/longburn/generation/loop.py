@@ -98,6 +98,10 @@ def generate(
     The prompts may differ in length. The draw of a token depends on its row's seed and on its position alone, so a row
     gives what it would give by itself, and a stream that is resumed over its cache goes on as it would have.
 
+    On CUDA a step is one graph, which stays with the cache, and the device runs one step ahead of the events. Where
+    that step was in vain (a stop string, an iterator that is closed), layers with a window can be rewound by one token
+    less.
+
     Args:
         model: the model.
         prompts: token ids of each row; none may be empty.
@@ -105,7 +109,8 @@ def generate(
         sampler: one configuration for all rows, or one for each; default greedy.
         tokenizer: for text and stop strings.
         cache: go on from what it holds (a conversation); default an empty one that is as long as this call needs. When
-            the loop ends, every token but each row's last one is in it (after a cancellation that one too).
+            the loop ends, every token but each row's last one is in it (after a cancellation that one too). Leave it
+            alone while tokens are made.
         on_prefill: called with (prompt tokens read, prompt tokens in all) after each chunk.
         cancelled: asked before every chunk of the prompts and before every token but the first; True ends the rows that
             still run with an event "cancelled".
@@ -117,6 +122,7 @@ def generate(
         ValueError: an empty prompt, a token outside the vocabulary, too small a cache, stop strings without a
         tokenizer.
         GenerationError: (while iterating) a row's logits leave no candidate.
+        RuntimeError: (while iterating, on CUDA) somebody else moved the cache.
     """
     config = config or GenerationConfig()
     rows = [list(prompt) for prompt in prompts]
