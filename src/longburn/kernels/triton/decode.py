@@ -12,14 +12,18 @@ import triton
 from torch import Tensor
 
 from longburn.kernels.attend.call import AttendCall, AttendResult, BiasTerms
+from longburn.kernels.triton import overlaps
+from longburn.kernels.triton.arguments import FARTHEST
 from longburn.kernels.triton.decode_kernel import decode_kernel
+from longburn.kernels.triton.launch import launch
 
 MAX_QUERIES = 16  # T
 MAX_HEAD = 256
 MAX_SPLITS = 128
+ROUNDS = 8  # of one block on every multiprocessor, where fewer leave many of them idle
 LEAST_KEYS = 128  # of a split
 SCAN_FROM = 8  # times the window: from here on the positions are read first, to see which tiles to read
-MERGED = 16384  # elements of partial results that a block loads at once
+MERGED = 8192  # elements of partial results that a block loads at once
 NO_BIAS = BiasTerms()
 
 
@@ -67,73 +71,58 @@ def decode(call: AttendCall) -> AttendResult:
         partial = torch.empty(B * heads * splits * rows * (block_dv + 2), dtype=torch.float32, device=q.device)
         counters = _counters(q.device, B * heads)
     window, lookahead = call.window, call.lookahead
-    decode_kernel[(splits, heads, B)](
-        q,
-        call.q_sink,
-        k,
-        v,
-        k_scale,
-        v_scale,
-        k_before,
-        v_before,
-        call.q_pos,
-        call.k_pos,
-        call.sinks,
-        bias.slope,
-        bias.key,
-        bias.row,
-        bias.table,
-        bias.dense,
-        out,
-        lse,
-        partial,
-        counters,
-        S,
-        S0,
-        H,
-        G,
-        T,
-        limit,
-        call.scale,
-        window or 0,
-        call.sink_tokens,
-        lookahead or 0,
-        bias.zero,
-        0 if bias.table is None else bias.table.shape[1],
-        q.stride()[:3],
-        _strides(call.q_sink, 3),
-        k.stride()[:3],
-        v.stride()[:3],
-        _strides(k_scale, 2),
-        _strides(v_scale, 2),
-        _strides(k_before, 3),
-        _strides(v_before, 3),
-        (_step(call.q_pos, 0), call.q_pos.stride(1)),
-        (_step(call.k_pos, 0),),
-        None if bias.key is None else (_step(bias.key, 0), _step(bias.key, 1), bias.key.stride(2)),
-        None if bias.row is None else (_step(bias.row, 0), _step(bias.row, 1), bias.row.stride(2)),
-        0 if bias.table is None else _step(bias.table, 0),
-        None if bias.dense is None else (_step(bias.dense, 0), _step(bias.dense, 1), *bias.dense.stride()[2:]),
-        D,
-        DV,
-        block_d,
-        block_dv,
-        M=rows,
-        W=ways,
-        N=keys,
-        BLOCK=call.block,
-        WINDOWED=window is not None,
-        BOUNDED=lookahead is not None,
-        ASCENDING=call.ascending and lookahead is not None,
-        KEY_BY_HEAD=bias.key is not None and bias.key.shape[1] > 1,
-        SCAN=window is not None and SCAN_FROM * (window + call.sink_tokens + T + tile) < S,
-        LEAST=least,
-        SPLITS=triton.next_power_of_2(limit),
-        TOGETHER=max(1, MERGED // (rows * block_dv)),
+    overlap = overlaps(q.device)
+    launch(
+        decode_kernel,
+        (splits, heads, B),
+        (
+            *(q, call.q_sink, k, v, k_scale, v_scale, k_before, v_before, call.q_pos, call.k_pos),
+            *(call.sinks, bias.slope, bias.key, bias.row, bias.table, bias.dense, out, lse, partial, counters),
+        ),
+        (
+            *(
+                S,
+                S0,
+                H,
+                G,
+                T,
+                limit,
+                call.scale,
+                min(window or 0, FARTHEST),
+                call.sink_tokens,
+                min(lookahead or 0, FARTHEST),
+            ),
+            *(bias.zero, 0 if bias.table is None else bias.table.shape[1]),
+            *_bias_strides(bias),
+        ),
+        (
+            *(q.stride()[:3], _strides(call.q_sink, 3), k.stride()[:3], v.stride()[:3]),
+            *(_strides(k_scale, 2), _strides(v_scale, 2), _strides(k_before, 3), _strides(v_before, 3)),
+            *((_step(call.q_pos, 0), call.q_pos.stride(1)), (_step(call.k_pos, 0),)),
+            *(D, DV, block_d, block_dv, rows, ways, keys, call.block, window is not None, lookahead is not None),
+            call.ascending and lookahead is not None,
+            bias.key is not None and bias.key.shape[1] > 1,
+            window is not None and SCAN_FROM * (window + call.sink_tokens + T + tile) < S,
+            *(least, max(1, MERGED // (rows * block_dv)), overlap),
+        ),
         num_warps=warps,
         num_stages=stages,
+        launch_pdl=overlap,
     )
     return out.transpose(1, 2), lse
+
+
+def _bias_strides(bias: BiasTerms) -> tuple[int, ...]:
+    """Of key [B|1, H|1, S], row [B|1, H|1, T], table [H|1, n] and dense [B|1, H|1, T, S]."""
+    if bias is NO_BIAS:
+        return (0,) * 11
+    key, row, table, dense = bias.key, bias.row, bias.table, bias.dense
+    return (
+        *((0, 0, 0) if key is None else (_step(key, 0), _step(key, 1), key.stride(2))),
+        *((0, 0, 0) if row is None else (_step(row, 0), _step(row, 1), row.stride(2))),
+        0 if table is None else _step(table, 0),
+        *((0, 0, 0, 0) if dense is None else (_step(dense, 0), _step(dense, 1), *dense.stride()[2:])),
+    )
 
 
 def _strides(x: Tensor | None, n: int) -> tuple[int, ...] | None:
@@ -152,24 +141,22 @@ def _tiles(block_d: int, itemsize: int, exact: bool) -> tuple[int, int, int, int
         return 1, 16, LEAST_KEYS // 16, 8, 1 if block_d > 128 else 2
     if block_d > 128:  # a softmax of a warp's own would not fit its registers
         return 1, 64, LEAST_KEYS // 64, 8, 2
-    return 4, 16, LEAST_KEYS // 64, 4, 3 if block_d * itemsize <= 128 else 2
+    return 4, 16, LEAST_KEYS // 64, 4, 4 if block_d * itemsize <= 128 else 3
 
 
 @cache
 def _most_splits(units: int, device: torch.device) -> int:
-    """Splits that fill the device's multiprocessors, two blocks on each, with little left over in the last round."""
-    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    places = 2 * sms
+    """Splits that give every multiprocessor one block, with few of them idle in the last round."""
+    cuda = device.type == "cuda"
+    places = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 132
 
     def idle(splits: int) -> float:
         rounds = -(-units * splits // places)
         return 1 - units * splits / (rounds * places)
 
-    most = max(1, min(MAX_SPLITS, 4 * places // units))
-    return next(
-        (n for n in range(max(1, min(most, places // units)), most + 1) if idle(n) < 0.1),
-        min(range(1, most + 1), key=idle),
-    )
+    most = max(1, min(MAX_SPLITS, ROUNDS * places // units))
+    fewest = max(1, min(most, places // units))
+    return next((n for n in range(fewest, most + 1) if idle(n) < 0.1), min(range(fewest, most + 1), key=idle))
 
 
 _held: dict[tuple[torch.device, int], Tensor] = {}

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from longburn.kernels.triton.decode_tiles import LOG2_E, attend_tiles, merge_splits, store_rows, weight_of
+from longburn.kernels.triton.decode_tiles import attend_tiles, merge_splits, store_rows, weight_of
+from longburn.kernels.triton.tiles import LOG2E, last_seen, relative
 
 SCANNED = tl.constexpr(2048)  # positions that a block looks at together
 
@@ -20,9 +21,14 @@ def _in_fp16(q, factor):
     return (q * tl.exp2(power)).to(tl.float16), factor * tl.exp2(-power)
 
 
-@triton.jit(
-    do_not_specialize=["S", "S0", "H", "G", "T", "limit", "window", "sink_tokens", "lookahead", "zero", "entries"]
-)
+_NUMBERS = [
+    *("S", "S0", "H", "G", "T", "limit", "scale", "window", "sink_tokens", "lookahead", "zero", "entries"),
+    *("key_by_row", "key_by_head", "key_by_slot", "bias_by_row", "bias_by_head", "bias_by_query", "table_by_head"),
+    *("dense_by_row", "dense_by_head", "dense_by_query", "dense_by_slot"),
+]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def decode_kernel(
     q,
     q_sink,
@@ -56,7 +62,18 @@ def decode_kernel(
     lookahead,
     zero,
     entries,
-    q_strides,  # all by batch, head, column
+    key_by_row,  # strides of the biases
+    key_by_head,
+    key_by_slot,
+    bias_by_row,
+    bias_by_head,
+    bias_by_query,
+    table_by_head,
+    dense_by_row,
+    dense_by_head,
+    dense_by_query,
+    dense_by_slot,
+    q_strides,  # by row, head, and query or slot
     q_sink_strides,
     k_strides,
     v_strides,
@@ -64,12 +81,8 @@ def decode_kernel(
     v_scale_strides,
     k_before_strides,
     v_before_strides,
-    q_pos_strides,
+    q_pos_strides,  # by row, by query
     k_pos_strides,
-    key_strides,
-    row_strides,
-    table_stride,
-    dense_strides,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -84,9 +97,12 @@ def decode_kernel(
     KEY_BY_HEAD: tl.constexpr,
     SCAN: tl.constexpr,
     LEAST: tl.constexpr,  # tiles of a split
-    SPLITS: tl.constexpr,  # power of two not below the limit
     TOGETHER: tl.constexpr,  # splits merged at once
+    OVERLAPS: tl.constexpr,  # this kernel may start while the one before it ends
 ):
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     TILE: tl.constexpr = W * N
     split, tile, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row_tiles = tl.cdiv(G * T, M)
@@ -125,25 +141,27 @@ def decode_kernel(
         others = tl.broadcast_to(tl.load(q_sink + at[:, None] + d, mask=is_q, other=0.0)[None], [W, M, BLOCK_D])
     slope_row, bias_row = None, None
     if slope is not None:
-        slope_row = (tl.load(slope + h).to(tl.float32) * LOG2_E)[None, :, None]
+        slope_row = (tl.load(slope + h).to(tl.float32) * LOG2E)[None, :, None]
     if row is not None:
-        at = b64 * row_strides[0] + h * row_strides[1] + t * row_strides[2]
-        bias_row = (tl.load(row + at).to(tl.float32) * LOG2_E)[None, :, None]
-    p_row = p[None, :, None]
-    law = (window, sink_tokens, lookahead)
-    factor = scale * LOG2_E
+        at = b64 * bias_by_row + h * bias_by_head + t * bias_by_query
+        bias_row = (tl.load(row + at).to(tl.float32) * LOG2E)[None, :, None]
+    base = tl.max(p, 0)
+    p_row = relative(p, base)
+    until = last_seen(p_row, p >= 0, (p % BLOCK).to(tl.int32), lookahead, BLOCK, BOUNDED)[None, :, None]
+    p_row = p_row[None, :, None]
+    since = p_row - window + 1
+    factor = scale * LOG2E
 
     # --- biases by key ---
-    key_at, table_at, dense_at, key_step, dense_step = None, None, None, 0, 0
+    key_at, table_at, dense_at = None, None, None
     if key is not None:
-        key_at, key_step = key + b64 * key_strides[0], key_strides[2]
+        key_at = key + b64 * key_by_row
         if KEY_BY_HEAD:
-            key_at = (key_at + h * key_strides[1])[None, :, None]
+            key_at = (key_at + h * key_by_head)[None, :, None]
     if table is not None:
-        table_at = (table + h * table_stride)[None, :, None]
+        table_at = (table + h * table_by_head)[None, :, None]
     if dense is not None:
-        dense_at = (dense + b64 * dense_strides[0] + h * dense_strides[1] + t * dense_strides[2])[None, :, None]
-        dense_step = dense_strides[3]
+        dense_at = (dense + b64 * dense_by_row + h * dense_by_head + t * dense_by_query)[None, :, None]
     positions = k_pos + b64 * k_pos_strides[0]
 
     acc = tl.zeros([W, M, BLOCK_DV], tl.float32)
@@ -151,19 +169,19 @@ def decode_kernel(
     if k_before is not None:
         stop = tl.maximum(tl.minimum(last, before), first)
         acc, mass, top = attend_tiles(
-            acc, mass, top, queries, others, p_row, slope_row, bias_row,
+            acc, mass, top, queries, others, p_row, since, until, slope_row, bias_row,
             k_before + b64 * k_before_strides[0] + head64 * k_before_strides[1],
             v_before + b64 * v_before_strides[0] + head64 * v_before_strides[1],
             k_before_strides[2], v_before_strides[2], None, None, positions,
-            key_at, table_at, dense_at, key_step, dense_step, zero, entries, law,
-            0, 0, first, stop, S0, factor, factor, D, DV, BLOCK_D, BLOCK_DV, W, N, BLOCK, WINDOWED, BOUNDED,
+            key_at, table_at, dense_at, key_by_slot, dense_by_slot, zero, entries, base, sink_tokens,
+            0, 0, first, stop, S0, factor, factor, D, DV, BLOCK_D, BLOCK_DV, W, N, WINDOWED,
         )  # fmt: skip
         first, last = tl.maximum(first - before, 0), tl.maximum(last - before, 0)
         positions += S0
         if key is not None:
-            key_at += S0 * key_step
+            key_at += S0 * key_by_slot
         if dense is not None:
-            dense_at += S0 * dense_step
+            dense_at += S0 * dense_by_slot
 
     heads, low, high = 0, first, last
     if SCAN:
@@ -189,12 +207,12 @@ def decode_kernel(
         k_scales = k_scale + b64 * k_scale_strides[0] + head64 * k_scale_strides[1]
         v_scales = v_scale + b64 * v_scale_strides[0] + head64 * v_scale_strides[1]
     acc, mass, top = attend_tiles(
-        acc, mass, top, queries, others, p_row, slope_row, bias_row,
+        acc, mass, top, queries, others, p_row, since, until, slope_row, bias_row,
         k + b64 * k_strides[0] + head64 * k_strides[1],
         v + b64 * v_strides[0] + head64 * v_strides[1],
         k_strides[2], v_strides[2], k_scales, v_scales, positions,
-        key_at, table_at, dense_at, key_step, dense_step, zero, entries, law,
-        first, heads, low, high, slots, factor, sink_factor, D, DV, BLOCK_D, BLOCK_DV, W, N, BLOCK, WINDOWED, BOUNDED,
+        key_at, table_at, dense_at, key_by_slot, dense_by_slot, zero, entries, base, sink_tokens,
+        first, heads, low, high, slots, factor, sink_factor, D, DV, BLOCK_D, BLOCK_DV, W, N, WINDOWED,
     )  # fmt: skip
 
     # --- the warps' softmaxes become one ---
@@ -208,16 +226,16 @@ def decode_kernel(
     elif partial is not None:
         unit = b * tl.num_programs(1) + tile
         units = tl.num_programs(2) * tl.num_programs(1)
-        stats = partial + units.to(tl.int64) * tl.num_programs(0) * (M * BLOCK_DV)
+        tops = partial + units.to(tl.int64) * tl.num_programs(0) * (M * BLOCK_DV)
+        masses = tops + units * tl.num_programs(0) * M
         first_part = unit.to(tl.int64) * tl.num_programs(0)
         dv, at = tl.arange(0, BLOCK_DV)[None, :], (first_part + split) * M + tl.arange(0, M)
         tl.store(partial + at[:, None] * BLOCK_DV + dv, acc, mask=real[:, None])
-        tl.store(stats + at * 2, top)
-        tl.store(stats + at * 2 + 1, mass)
+        tl.store(tops + at, top)
+        tl.store(masses + at, mass)
         tl.debug_barrier()  # all of the block's stores come before its one arrival
         if tl.atomic_add(counters + unit, 1, sem="acq_rel") == active - 1:
             tl.store(counters + unit, 0)
-            acc, mass, top = merge_splits(
-                partial, stats, first_part, active, G * T - tile % row_tiles * M, M, BLOCK_DV, SPLITS, TOGETHER
-            )
+            left = G * T - tile % row_tiles * M
+            acc, mass, top = merge_splits(partial, tops, masses, first_part, active, left, M, BLOCK_DV, TOGETHER)
             store_rows(acc, mass, top, out, lse, sinks, b, h, t, real, H, T, DV, BLOCK_DV)

@@ -7,9 +7,8 @@ score (top, in units of log 2), by which all weights are scaled.
 import triton
 import triton.language as tl
 
-from longburn.kernels.triton.law import sees
+from longburn.kernels.triton.tiles import LOG2E, NEVER, relative, sees_pairs
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -37,7 +36,9 @@ def attend_tiles(
     top,  # [W, M] largest score, in log2
     q,  # [W, M, D]
     q_sink,
-    p,  # [1, M, 1]
+    p,  # [1, M, 1] positions relative to the base, and the first and the last one that is seen
+    since,
+    until,
     slope,
     row,
     k,
@@ -54,7 +55,8 @@ def attend_tiles(
     dense_step,
     zero,
     entries,
-    law,  # window, sink_tokens, lookahead
+    base,
+    sink_tokens,
     first,  # tiles [first, first + head) and [low, high) of this part
     head,
     low,
@@ -68,12 +70,9 @@ def attend_tiles(
     BLOCK_DV: tl.constexpr,
     W: tl.constexpr,
     N: tl.constexpr,
-    BLOCK: tl.constexpr,
     WINDOWED: tl.constexpr,
-    BOUNDED: tl.constexpr,
 ):
     """The softmax's state after these tiles of one part of the keys."""
-    window, sink_tokens, lookahead = law
     nothing = tl.zeros([W, q.shape[1], N], tl.float32)
     way = tl.arange(0, W)[:, None, None] * N
     across, down = way + tl.arange(0, N)[None, None, :], way + tl.arange(0, N)[None, :, None]
@@ -91,12 +90,14 @@ def attend_tiles(
             vv = tl.load(v + (slot.to(tl.int64) * v_step + dv), mask=dv < DV, other=0.0)
         else:
             vv = tl.load(v + (slot.to(tl.int64) * v_step + dv))
-        j = tl.load(k_pos + column)
+        position = tl.load(k_pos + column)
+        kept = position < sink_tokens
+        j = tl.where(inside & (position >= 0), relative(position, base), NEVER)
         filled = (tl.load(k_pos + slot) >= 0) & below
         kk = tl.permute(kk, (0, 2, 1)).to(q.dtype)
         s = _product(q, kk, nothing) * factor
         if q_sink is not None:
-            s = tl.where(j < sink_tokens, _product(q_sink, kk, nothing) * sink_factor, s)
+            s = tl.where(kept, _product(q_sink, kk, nothing) * sink_factor, s)
         if k_scale is not None:
             s *= tl.load(k_scale + column)
         if slope is not None:
@@ -104,22 +105,26 @@ def attend_tiles(
         if row is not None:
             s += row
         if key is not None:
-            s += LOG2_E * tl.load(key + column * key_step).to(tl.float32)
+            s += LOG2E * tl.load(key + column * key_step).to(tl.float32)
         if table is not None:
             entry = tl.minimum(tl.maximum(p - j + zero, 0), entries - 1)
-            s += LOG2_E * tl.load(table + entry).to(tl.float32)
+            s += LOG2E * tl.load(table + entry).to(tl.float32)
         if dense is not None:
-            s += LOG2_E * tl.load(dense + column * dense_step).to(tl.float32)
-        seen = inside & sees(p, j, window, sink_tokens, lookahead, BLOCK, WINDOWED, BOUNDED)
+            s += LOG2E * tl.load(dense + column * dense_step).to(tl.float32)
+        seen = sees_pairs(j, tl.where(kept, NEVER, j), since, until, WINDOWED)
         s = tl.where(seen, s, float("-inf"))
-        if v_scale is not None:
-            # The scale of a value enters its weight, and the weights' reference with it: they stay below 1 in fp16.
-            v_factor = tl.log2(tl.where(j >= 0, tl.maximum(tl.load(v_scale + column), 1e-18), 1.0))
-            s += v_factor
-        higher = tl.maximum(top, tl.max(s, 2))
+        if v_scale is None:
+            higher = tl.maximum(top, tl.max(s, 2))
+        else:
+            # A value's scale enters its weight. Its exponent enters the weights' reference: they stay below 2 in fp16.
+            v_factor = tl.where(position >= 0, tl.maximum(tl.load(v_scale + column), 1e-18), 1.0)
+            exponent = ((v_factor.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)
+            higher = tl.maximum(top, tl.max(s + exponent, 2))
         weights, shrink = weight_of(s, higher[:, :, None]), weight_of(top, higher)
-        mass = mass * shrink + tl.sum(weights if v_scale is None else weights * tl.exp2(-v_factor), 2)
+        mass = mass * shrink + tl.sum(weights, 2)
         top = higher
+        if v_scale is not None:
+            weights *= v_factor
         vv = tl.where(filled, vv.to(q.dtype), 0.0)
         acc = _product(weights.to(q.dtype), vv, acc * shrink[:, :, None])
     return acc, mass, top
@@ -128,39 +133,40 @@ def attend_tiles(
 @triton.jit
 def merge_splits(
     partial,
-    stats,
+    tops,
+    masses,
     first,
     active,
     rows,  # of M that are there
     M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    SPLITS: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    """The state of all splits, in their order."""
+    """The state of all splits, in their order. What is loaded together does not wait for each other."""
     m, e = tl.arange(0, M)[None, :], tl.arange(0, M * BLOCK_DV)[None, :]
-    s = tl.arange(0, SPLITS)[:, None]
-    stat = stats + ((first + s) * M + m) * 2
-    tops = tl.load(stat, mask=s < active, other=float("-inf"))
-    top = tl.max(tops, 0)
-    mass = tl.sum(tl.load(stat + 1, mask=s < active, other=0.0) * weight_of(tops, top[None]), 0)
     acc = tl.zeros([M * BLOCK_DV], tl.float32)
+    mass, top = tl.zeros([M], tl.float32), tl.full([M], float("-inf"), tl.float32)
     for start in range(0, active, TOGETHER):
-        some = start + tl.arange(0, TOGETHER)[:, None]
-        own = tl.load(stats + ((first + some) * M + m) * 2, mask=some < active, other=float("-inf"))
-        weight = tl.broadcast_to(weight_of(own, top[None])[:, :, None], [TOGETHER, M, BLOCK_DV])
-        there = (some < active) & (e < rows * BLOCK_DV)
-        values = tl.load(partial + (first + some) * (M * BLOCK_DV) + e, mask=there, other=0.0)
-        acc += tl.sum(values * tl.reshape(weight, [TOGETHER, M * BLOCK_DV]), 0)
-    acc = tl.reshape(acc, [M, BLOCK_DV])
-    return acc, mass, top
+        split = start + tl.arange(0, TOGETHER)[:, None]
+        there = split < active
+        values = tl.load(partial + (first + split) * (M * BLOCK_DV) + e, mask=there & (e < rows * BLOCK_DV), other=0.0)
+        own_top = tl.load(tops + (first + split) * M + m, mask=there, other=float("-inf"))
+        own_mass = tl.load(masses + (first + split) * M + m, mask=there, other=0.0)
+        higher = tl.maximum(top, tl.max(own_top, 0))
+        weight, shrink = weight_of(own_top, higher[None]), weight_of(top, higher)
+        mass = mass * shrink + tl.sum(own_mass * weight, 0)
+        top = higher
+        weight = tl.reshape(tl.broadcast_to(weight[:, :, None], [TOGETHER, M, BLOCK_DV]), [TOGETHER, M * BLOCK_DV])
+        shrink = tl.reshape(tl.broadcast_to(shrink[:, None], [M, BLOCK_DV]), [M * BLOCK_DV])
+        acc = acc * shrink + tl.sum(values * weight, 0)
+    return tl.reshape(acc, [M, BLOCK_DV]), mass, top
 
 
 @triton.jit
 def store_rows(acc, mass, top, out, lse, sinks, b, h, t, real, H, T, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
     """The finished rows: acc [M, DV], mass and top [M], with the learned sink as one more weight."""
     if sinks is not None:
-        sink = tl.load(sinks + h).to(tl.float32) * LOG2_E
+        sink = tl.load(sinks + h).to(tl.float32) * LOG2E
         higher = tl.maximum(top, sink)
         shrink = weight_of(top, higher)
         acc *= shrink[:, None]
