@@ -55,7 +55,8 @@ def _compute(call: AttendCall) -> AttendResult:
 
 # --- the operator ----------------------------------------------------------------------------------------------------
 
-WITH_GRADIENTS = ("q", "k", "v", "q_sink", "sinks", "slope", "key", "row", "table", "dense")
+HEADS = ("q", "k", "v", "q_sink")
+WITH_GRADIENTS = (*HEADS, "sinks", "slope", "key", "row", "table", "dense")
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? q_sink, Tensor? sinks, "
     "Tensor? slope, Tensor? key, Tensor? row, Tensor? table, Tensor? dense, Tensor q_pos, Tensor k_pos, "
@@ -120,8 +121,13 @@ def _gradients(
 def _gradients_fake(
     dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, wanted: Sequence[bool], *flat: Any
 ) -> list[Tensor]:
-    given = flat[: len(WITH_GRADIENTS)]
-    return [x.new_empty(x.shape) if w else out.new_empty(0) for x, w in zip(given, wanted, strict=True)]
+    def like(name: str, x: Tensor) -> Tensor:
+        if name not in HEADS:
+            return x.new_empty(x.shape)
+        B, H, T, D = x.shape
+        return x.new_empty(B, T, H, D).transpose(1, 2)
+
+    return [like(name, x) if w else out.new_empty(0) for name, x, w in zip(WITH_GRADIENTS, flat, wanted, strict=False)]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: AttendResult) -> None:

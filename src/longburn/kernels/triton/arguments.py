@@ -55,17 +55,6 @@ def first_slots(call: AttendCall) -> int:
     return 0 if call.before is None else call.before[0].shape[2]
 
 
-def positions(call: AttendCall) -> dict[str, Any]:
-    """The positions and their strides from row to row, 0 where all rows have the same."""
-    q_pos, k_pos = (x if x.stride(1) == 1 else x.contiguous() for x in (call.q_pos, call.k_pos))
-    return {
-        "q_pos": q_pos,
-        "k_pos": k_pos,
-        "q_pos_stride": q_pos.stride(0) if q_pos.shape[0] > 1 else 0,
-        "k_pos_stride": k_pos.stride(0) if k_pos.shape[0] > 1 else 0,
-    }
-
-
 def heads(call: AttendCall) -> dict[str, Any]:
     """Queries, keys and values with their strides; what is not there is None."""
     q, q_sink, k, v = (None if x is None else _dense_heads(x) for x in (call.q, call.q_sink, call.k, call.v))

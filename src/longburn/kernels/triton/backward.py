@@ -13,7 +13,10 @@ from torch import Tensor
 
 from longburn.kernels.attend.call import AttendCall, BiasTerms
 from longburn.kernels.triton import arguments, bias_gradients, ranges
-from longburn.kernels.triton.backward_kernels import of_keys, of_queries, products
+from longburn.kernels.triton.backward_kernels import of_keys, of_queries
+from longburn.kernels.triton.pairs import products
+
+NARROW = 256  # a window of so few keys has smaller tiles
 
 
 def backward(
@@ -28,9 +31,9 @@ def backward(
     B, H, T, D = q.shape
     BD = max(16, triton.next_power_of_2(D))
     dout = torch.zeros_like(q) if dout is None else dout if dout.stride(3) == 1 else dout.contiguous()
-    delta = torch.empty_like(lse)
+    base2, delta = torch.empty_like(lse), torch.empty_like(lse)
     grid = (triton.cdiv(T, 32), B * H)
-    products[grid](out, dout, out.stride()[:3], dout.stride()[:3], delta, T, H, D=D, BT=32, BD=BD)
+    products[grid](out, dout, out.stride()[:3], dout.stride()[:3], lse, base2, delta, T, H, D=D, BT=32, BD=BD)
     found = _of_rows(call, lse, delta, dlse, wanted)
     if dlse is not None:
         delta -= dlse
@@ -39,9 +42,9 @@ def backward(
     shared = {
         "heads": (given["q"], given["q_sink"], dout),
         "head_strides": (given["q_strides"], given["q_sink_strides"], dout.stride()[:3]),
-        "numbers": (lse, delta),
+        "numbers": (base2, delta),
         "main": (given["k"], given["v"], given["k_strides"], given["v_strides"]),
-        **arguments.positions(call),
+        **ranges.places(call),
         **arguments.sizes(call),
         **arguments.law(call),
         **arguments.bias(call),
@@ -122,18 +125,32 @@ def _gradients_of_keys(call: AttendCall, shared: dict[str, Any], wanted: Set[str
 
 
 def _tile_of_queries(call: AttendCall) -> dict[str, int]:
+    """BT queries and BN keys at a time; a bias needs registers of its own. As measured on an H100."""
     D = call.q.shape[3]
     if call.q.dtype == torch.float32:
-        return {"BT": 32, "BN": 32 if D <= 64 else 16, "num_warps": 4 if D <= 128 else 8, "num_stages": 1}
-    if D <= 128:
-        return {"BT": 128, "BN": 64, "num_warps": 8, "num_stages": 2}
-    return {"BT": 64, "BN": 32, "num_warps": 8, "num_stages": 2}
+        BT, BN, warps, stages = (32, 32, 4, 1) if D <= 64 else (32, 16, 4 if D <= 128 else 8, 1)
+    elif D > 128:
+        BT, BN, warps, stages = 32 if call.bias is not None else 64, 32, 8, 1
+    elif call.bias is not None:
+        BT, BN, warps, stages = 64, 32, 8, 1
+    elif call.window is not None and call.window <= NARROW:
+        BT, BN, warps, stages = 64, 32, 4, 2
+    else:
+        BT, BN, warps, stages = (64, 64, 4, 2) if D <= 64 else (128, 64, 8, 3)
+    return {"BT": BT, "BN": BN, "num_warps": warps, "num_stages": stages}
 
 
 def _tile_of_keys(call: AttendCall) -> dict[str, int]:
+    """BT queries and BN keys at a time."""
     D = call.q.shape[3]
     if call.q.dtype == torch.float32:
-        return {"BT": 32 if D <= 64 else 16, "BN": 32, "num_warps": 4 if D <= 128 else 8, "num_stages": 1}
-    if D <= 128:
-        return {"BT": 64, "BN": 128, "num_warps": 8, "num_stages": 2}
-    return {"BT": 32, "BN": 64, "num_warps": 8, "num_stages": 2}
+        BT, BN, warps, stages = (32, 32, 4, 1) if D <= 64 else (16, 32, 4 if D <= 128 else 8, 1)
+    elif D > 128:
+        BT, BN, warps, stages = 32, 32 if call.bias is not None else 64, 8, 1
+    elif call.bias is not None:
+        BT, BN, warps, stages = 32, 64, 8, 1
+    elif D > 64 or (call.window is not None and call.window <= NARROW):
+        BT, BN, warps, stages = 32, 64, 4, 2
+    else:
+        BT, BN, warps, stages = 64, 64, 4, 2
+    return {"BT": BT, "BN": BN, "num_warps": warps, "num_stages": stages}

@@ -5,17 +5,7 @@ import triton.language as tl
 
 from longburn.kernels.triton.pairs import UNSPECIALISED, keys_at, matrix, pairs, queries_at, query_tile
 from longburn.kernels.triton.ranges import NUMBERS
-
-
-@triton.jit
-def products(out, dout, out_strides, dout_strides, delta, T, H, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
-    """delta [B, H, T]: the sum over D of output and output gradient."""
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    there, first = t < T, tl.program_id(0) * BT
-    x = matrix(out + b * out_strides[0] + h * out_strides[1], out_strides[2], first, there, D, BT, BD, True)
-    y = matrix(dout + b * dout_strides[0] + h * dout_strides[1], dout_strides[2], first, there, D, BT, BD, True)
-    tl.store(delta + (b * H + h) * T + t, tl.sum(x.to(tl.float32) * y.to(tl.float32), 1), mask=there)
+from longburn.kernels.triton.tiles import NEVER
 
 
 @triton.jit
@@ -24,11 +14,9 @@ def _visit_keys(
     tile,
     mine,
     queries,
-    base,
     main,
-    k_pos,
+    codes,
     S,
-    sink_tokens,
     b,
     h,
     scale,
@@ -43,14 +31,14 @@ def _visit_keys(
     """The sums of a tile of queries after one more tile of keys."""
     dq, dq_sink, distances = state
     k, v, k_strides, v_strides = main
-    keys = keys_at(k_pos, tile * BN + tl.arange(0, BN), S, base, sink_tokens)
+    keys = keys_at(codes, tile * BN + tl.arange(0, BN), S)
     k_here = matrix(k, k_strides[2], tile * BN, keys[1], D, BN, BD, LAW)
     v_here = matrix(v, v_strides[2], tile * BN, keys[1], D, BN, BD, LAW)
     _, ds = pairs(mine, k_here, v_here, queries, keys, b, h, scale, per_pair, WINDOWED, LAW, False)
     if WANTS_SLOPE:
-        distances += tl.sum(ds * tl.abs(queries[2][:, None] - keys[3][None, :]).to(tl.float32), 1)
+        distances += tl.sum(ds * tl.abs(queries[2][:, None] - keys[2][None, :]).to(tl.float32), 1)
     if LAW and per_pair[0] is not None:
-        kept = keys[2][None, :]
+        kept = (keys[3] == NEVER)[None, :]
         dq_sink = tl.dot(tl.where(kept, ds, 0.0).to(k_here.dtype), k_here, dq_sink, input_precision="ieee")
         ds = tl.where(kept, 0.0, ds)
     return tl.dot(ds.to(k_here.dtype), k_here, dq, input_precision="ieee"), dq_sink, distances
@@ -63,9 +51,11 @@ def of_queries(
     numbers,
     main,
     q_pos,
-    k_pos,
     q_pos_stride,
-    k_pos_stride,
+    newest,
+    newest_stride,
+    codes,
+    codes_stride,
     ranges,
     ranges_stride,
     slope,
@@ -103,7 +93,7 @@ def of_queries(
     b, h = (pair // H).to(tl.int64), pair % H
     t = tile * BT + tl.arange(0, BT)
     q_pos += b * q_pos_stride
-    base = tl.max(tl.load(q_pos + t, mask=t < T, other=-1), 0)
+    base = tl.load(newest + b * newest_stride)
     queries = queries_at(q_pos, t, T, base, window, lookahead, BLOCK, BOUNDED)
     there = queries[1]
     mine = query_tile(
@@ -131,7 +121,7 @@ def of_queries(
     v += b * v_strides[0] + (h // G) * v_strides[1]
     main_here = (k, v, k_strides, v_strides)
     per_pair = (heads[1], slope, row, bias, bias_strides, zero, entries)
-    k_pos += b * k_pos_stride
+    codes += b * codes_stride
 
     at = ranges + b * ranges_stride + tile * NUMBERS
     kept, low, full_low, full_high, high = (
@@ -147,12 +137,12 @@ def of_queries(
         j = tl.where(i < kept, i, i - kept + low)
         j = tl.where(j >= full_low, j + full_high - full_low, j)
         state = _visit_keys(
-            state, j, mine, queries, base, main_here, k_pos, S, sink_tokens, b, h, scale, per_pair, D, BN, BD, WINDOWED,
+            state, j, mine, queries, main_here, codes, S, b, h, scale, per_pair, D, BN, BD, WINDOWED,
             True, distances is not None,
         )  # fmt: skip
     for j in range(full_low, full_high):
         state = _visit_keys(
-            state, j, mine, queries, base, main_here, k_pos, S, sink_tokens, b, h, scale, per_pair, D, BN, BD, WINDOWED,
+            state, j, mine, queries, main_here, codes, S, b, h, scale, per_pair, D, BN, BD, WINDOWED,
             False, distances is not None,
         )  # fmt: skip
 
@@ -226,7 +216,7 @@ def _visit_queries(
     if WANTS_KEY:
         dkey += tl.sum(ds, 1)
     if LAW and per_pair[0] is not None:
-        kept = keys[2][:, None]
+        kept = (keys[3] == NEVER)[:, None]
         dk = tl.dot(tl.where(kept, ds, 0.0).to(k.dtype), mine[1], dk, input_precision="ieee")
         ds = tl.where(kept, 0.0, ds)
     return tl.dot(ds.to(k.dtype), mine[0], dk, input_precision="ieee"), dv, dkey
@@ -239,9 +229,11 @@ def of_keys(
     numbers,
     main,
     q_pos,
-    k_pos,
     q_pos_stride,
-    k_pos_stride,
+    newest,
+    newest_stride,
+    codes,
+    codes_stride,
     ranges,
     ranges_stride,
     slope,
@@ -278,10 +270,10 @@ def of_keys(
     pair, tile = tl.program_id(0) % (tl.num_programs(0) // tiles), tl.program_id(0) // (tl.num_programs(0) // tiles)
     b, kv = (pair // K).to(tl.int64), pair % K
     column = tile * BN + tl.arange(0, BN)
-    k_pos += b * k_pos_stride
+    codes += b * codes_stride
     q_pos += b * q_pos_stride
-    base = tl.max(tl.load(k_pos + column, mask=column < S, other=-1), 0)
-    keys = keys_at(k_pos, column, S, base, sink_tokens)
+    base = tl.load(newest + b * newest_stride)
+    keys = keys_at(codes, column, S)
     k, v, k_strides, v_strides = main
     k_here = matrix(k + b * k_strides[0] + kv * k_strides[1], k_strides[2], tile * BN, keys[1], D, BN, BD, True)
     v_here = matrix(v + b * v_strides[0] + kv * v_strides[1], v_strides[2], tile * BN, keys[1], D, BN, BD, True)

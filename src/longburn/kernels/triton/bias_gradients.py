@@ -73,8 +73,7 @@ def _gradients(
 
 @triton.jit
 def _seen(queries, keys, WINDOWED: tl.constexpr):
-    j, filled, kept = keys[3][None, :], keys[1][None, :], keys[2][None, :]
-    return sees_pairs(j, filled, kept, queries[3][:, None], queries[4][:, None], WINDOWED)
+    return sees_pairs(keys[2][None, :], keys[3][None, :], queries[3][:, None], queries[4][:, None], WINDOWED)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -84,9 +83,11 @@ def _table(
     numbers,
     main,
     q_pos,
-    k_pos,
     q_pos_stride,
-    k_pos_stride,
+    newest,
+    newest_stride,
+    codes,
+    codes_stride,
     ranges,
     ranges_stride,
     slope,
@@ -122,8 +123,8 @@ def _table(
     entry0 = tl.program_id(1) * BINS
     t = tile * BT + tl.arange(0, BT)
     q_pos += b * q_pos_stride
-    k_pos += b * k_pos_stride
-    base = tl.max(tl.load(q_pos + t, mask=t < T, other=-1), 0)
+    codes += b * codes_stride
+    base = tl.load(newest + b * newest_stride)
     queries = queries_at(q_pos, t, T, base, window, lookahead, BLOCK, BOUNDED)
     per_pair = (heads[1], slope, row, bias, bias_strides, zero, entries)
     bins = entry0 + tl.arange(0, BINS)
@@ -132,8 +133,8 @@ def _table(
     kept, low, high = tl.load(at), tl.load(at + 1), tl.load(at + 4)
     for i in range(0, kept + high - low):
         column = tl.where(i < kept, i, i - kept + low) * BN
-        keys = keys_at(k_pos, column + tl.arange(0, BN), S, base, sink_tokens)
-        entry = tl.minimum(tl.maximum(queries[2][:, None] - keys[3][None, :] + zero, 0), entries - 1)
+        keys = keys_at(codes, column + tl.arange(0, BN), S)
+        entry = tl.minimum(tl.maximum(queries[2][:, None] - keys[2][None, :] + zero, 0), entries - 1)
         mine = _seen(queries, keys, WINDOWED) & (entry >= entry0) & (entry < entry0 + BINS)
         first = tl.min(tl.min(tl.where(mine, entry, entry0 + BINS), 1), 0)
         last = tl.max(tl.max(tl.where(mine, entry, entry0 - 1), 1), 0)
@@ -155,9 +156,11 @@ def _dense(
     numbers,
     main,
     q_pos,
-    k_pos,
     q_pos_stride,
-    k_pos_stride,
+    newest,
+    newest_stride,
+    codes,
+    codes_stride,
     slope,
     row,
     row_strides,
@@ -195,9 +198,9 @@ def _dense(
     for i in range(0, batches * heads_each):
         b, h = (b0 + i // heads_each).to(tl.int64), h0 + i % heads_each
         positions = q_pos + b * q_pos_stride
-        base = tl.max(tl.load(positions + t, mask=t < T, other=-1), 0)
+        base = tl.load(newest + b * newest_stride)
         queries = queries_at(positions, t, T, base, window, lookahead, BLOCK, BOUNDED)
-        keys = keys_at(k_pos + b * k_pos_stride, column + tl.arange(0, BN), S, base, sink_tokens)
+        keys = keys_at(codes + b * codes_stride, column + tl.arange(0, BN), S)
         if tl.max(tl.max(_seen(queries, keys, WINDOWED).to(tl.int32), 1), 0) > 0:
             total += _gradients(
                 heads, head_strides, numbers, main, queries, keys, row, row_strides, b, h, H, T, first, column,
@@ -234,5 +237,5 @@ def of_dense(call: AttendCall, dense: Tensor, shared: dict[str, Any]) -> Tensor:
 
 def _tile(call: AttendCall) -> dict[str, int]:
     D = call.q.shape[3]
-    small = call.q.dtype == torch.float32 or D > 128
+    small = call.q.dtype == torch.float32 or D > 64
     return {"BT": 32 if small else 64, "BN": 32 if small else 64, "num_warps": 4 if D <= 128 else 8, "num_stages": 1}

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from longburn.kernels.triton.tiles import LOG2E, biased, last_seen, relative, sees_pairs
+from longburn.kernels.triton.tiles import LOG2E, NEVER, biased, last_seen, relative, sees_pairs
 
 # Numbers that change from call to call: kernels are not compiled anew for each.
 UNSPECIALISED = [
@@ -14,7 +14,9 @@ UNSPECIALISED = [
     "sink_tokens",
     "lookahead",
     "q_pos_stride",
-    "k_pos_stride",
+    "newest_stride",
+    "codes_stride",
+    "ranges_stride",
     "zero",
     "entries",
 ]
@@ -42,10 +44,10 @@ def queries_at(q_pos, t, T, base, window, lookahead, BLOCK: tl.constexpr, BOUNDE
 
 
 @triton.jit
-def keys_at(k_pos, column, S, base, sink_tokens):
-    """Keys by column: column, whether it is filled, whether a window keeps it, position from the base."""
-    position = tl.load(k_pos + column, mask=column < S, other=-1)
-    return column, position >= 0, position < sink_tokens, relative(position, base)
+def keys_at(codes, column, S):
+    """Keys by column: column, whether it is filled, position from the newest query, and the same for a window."""
+    j = tl.load(codes + column, mask=column < S, other=NEVER)
+    return column, j != NEVER, j, tl.load(codes + S + column, mask=column < S, other=NEVER)
 
 
 @triton.jit
@@ -89,11 +91,11 @@ def pairs(
     """
     q, second, dout, lse, delta, row_here = mine
     t, there, p, first, last = queries
-    column, filled, kept, j = keys
+    column, filled, j, since = keys
     q_sink, slope, row, bias, bias_strides, zero, entries = per_pair
     s = product(q, k, TRANSPOSED)
     if LAW and q_sink is not None:
-        s = tl.where(of_key(kept, TRANSPOSED), product(second, k, TRANSPOSED), s)
+        s = tl.where(of_key(since == NEVER, TRANSPOSED), product(second, k, TRANSPOSED), s)
     s *= scale * LOG2E
     if slope is not None:
         slope = tl.load(slope + h).to(tl.float32) * LOG2E
@@ -120,8 +122,7 @@ def pairs(
     if LAW:
         seen = sees_pairs(
             of_key(j, TRANSPOSED),
-            of_key(filled, TRANSPOSED),
-            of_key(kept, TRANSPOSED),
+            of_key(since, TRANSPOSED),
             of_query(first, TRANSPOSED),
             of_query(last, TRANSPOSED),
             WINDOWED,
@@ -153,8 +154,7 @@ def query_tile(
 ):
     """Queries `first .. first + BT - 1` of one head: q, q_sink and dout `[BT, BD]`; lse in units of log 2 and delta.
 
-    The lse of a query that sees nothing is made finite: it has no weights anyway. Something stands also where there is
-    no q_sink or no row's bias.
+    Something stands also where there is no q_sink or no row's bias.
     """
     q += b * strides[0][0] + h * strides[0][1]
     dout += b * strides[2][0] + h * strides[2][1]
@@ -173,4 +173,23 @@ def query_tile(
     if row is not None:
         at = b * row_strides[0] + h * row_strides[1] + t
         row_here = tl.load(row + at, mask=there, other=0).to(tl.float32) * LOG2E
-    return q_here, second, dout_here, tl.where(lse == float("-inf"), 0.0, lse * LOG2E), delta, row_here
+    return q_here, second, dout_here, lse, delta, row_here
+
+
+@triton.jit
+def products(
+    out, dout, out_strides, dout_strides, lse, base2, delta, T, H, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
+):
+    """delta [B, H, T]: the sum over D of output and output gradient. base2: the lse in units of log 2.
+
+    Where a query sees nothing, base2 is made finite: the query has no weights anyway.
+    """
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    there, first = t < T, tl.program_id(0) * BT
+    x = matrix(out + b * out_strides[0] + h * out_strides[1], out_strides[2], first, there, D, BT, BD, True)
+    y = matrix(dout + b * dout_strides[0] + h * dout_strides[1], dout_strides[2], first, there, D, BT, BD, True)
+    at = (b * H + h) * T + t
+    tl.store(delta + at, tl.sum(x.to(tl.float32) * y.to(tl.float32), 1), mask=there)
+    sums = tl.load(lse + at, mask=there, other=0)
+    tl.store(base2 + at, tl.where(sums == float("-inf"), 0.0, sums * LOG2E), mask=there)

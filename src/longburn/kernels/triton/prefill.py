@@ -9,6 +9,8 @@ from longburn.kernels.attend.call import AttendCall, AttendResult
 from longburn.kernels.triton import arguments, ranges
 from longburn.kernels.triton.prefill_kernel import forward_kernel
 
+NARROW = 256  # a window of so few keys has smaller tiles
+
 
 def prefill(call: AttendCall) -> AttendResult:
     """Attention of any number of queries, and its log-sum-exp in fp32; keys and values are in the type of q."""
@@ -22,7 +24,7 @@ def prefill(call: AttendCall) -> AttendResult:
     visits = None if known is not None else ranges.of_queries(call, BM, BN, call.groups)
     forward_kernel[(triton.cdiv(T * call.groups, BM) * B * call.k.shape[1],)](
         **arguments.heads(call),
-        **arguments.positions(call),
+        **(ranges.NOWHERE if known is not None else ranges.places(call)),
         **arguments.sizes(call),
         **arguments.law(call),
         **arguments.bias(call),
@@ -49,14 +51,17 @@ def _tile(call: AttendCall) -> dict[str, Any]:
     by_pair = bias is not None and (
         bias.table is not None or bias.dense is not None or (bias.key is not None and bias.key.shape[1] > 1)
     )
+    registers = None  # a thread's limit, where a lower one lets another program run beside it
     if call.q.dtype == torch.float32:
         BM, BN, warps, stages = (32, 32, 4, 2) if D <= 64 else (32, 16, 4 if D <= 128 else 8, 1)
     elif by_pair:
         BM, BN, warps, stages = (64, 32, 4, 2) if D <= 128 else (64, 32, 8, 1)
     elif call.q_sink is not None:
         BM, BN, warps, stages = (128 if D <= 128 else 64), 64, 8, 2
-    elif D <= 64 and call.window is not None and call.window <= 256:
-        BM, BN, warps, stages = 64, 32, 4, 2
+    elif D > 128:
+        BM, BN, warps, stages = 128, 64, 8, 2
+    elif call.window is not None and call.window <= NARROW:
+        BM, BN, warps, stages, registers = 64, 32, 4, 2, 128 if D <= 64 else None
     else:
-        BM, BN, warps, stages = (64, 64, 4, 3) if D <= 128 else (128, 64, 8, 2)
-    return {"BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages}
+        BM, BN, warps, stages, registers = 64, 64, 4, 3, 168 if D <= 64 else None
+    return {"BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages, "maxnreg": registers}

@@ -10,11 +10,23 @@ import triton.language as tl
 
 from longburn.kernels.triton.pairs import matrix
 from longburn.kernels.triton.ranges import NUMBERS, known_ranges
-from longburn.kernels.triton.tiles import LOG2E, biased, last_seen, relative, sees_pairs, tile_start
+from longburn.kernels.triton.tiles import LOG2E, NEVER, biased, last_seen, relative, sees_pairs, tile_start
 
 LOWEST = tl.constexpr(-3e38)  # below every score, and finite: differences with it stay numbers
 _UNSPECIALISED = [
-    *("T", "S0", "S", "columns", "q_pos_stride", "k_pos_stride", "window", "sink_tokens", "lookahead"),
+    *(
+        "T",
+        "S0",
+        "S",
+        "columns",
+        "q_pos_stride",
+        "newest_stride",
+        "codes_stride",
+        "ranges_stride",
+        "window",
+        "sink_tokens",
+        "lookahead",
+    ),
     *("q_base", "q_rest", "head", "k_shift", "zero", "entries"),
 ]
 
@@ -44,7 +56,7 @@ def _visit(
     b, h, t, there, p, first, last, slope, row = rows
     k, v, k_strides, v_strides = main
     k_stride, v_stride = k_strides[2], v_strides[2]
-    k_pos, S0, S, columns, sink_tokens, head, q_base, k_shift, base = keys
+    codes, codes_columns, S0, S, columns, sink_tokens, head, q_base, k_shift = keys
     start = tile * BN
     end = S0 + S
     if before[0] is not None:
@@ -55,41 +67,30 @@ def _visit(
     column = start + tl.arange(0, BN)
     inside = column < tl.minimum(end, columns)
     if KNOWN:
-        filled = inside
         j = column + tl.where(column < head, -q_base, k_shift)
-        kept = j < sink_tokens - q_base
+        filled, since = inside, tl.where(j < sink_tokens - q_base, NEVER, j)
+        j = tl.where(inside, j, NEVER)
     elif LAW or slope is not None or bias[1] is not None:
-        position = tl.load(k_pos + column, mask=inside, other=-1)
-        filled, kept, j = position >= 0, position < sink_tokens, relative(position, base)
+        j = tl.load(codes + column, mask=inside, other=NEVER)
+        filled, since = j != NEVER, j
+        if WINDOWED or KEPT:
+            since = tl.load(codes + codes_columns + column, mask=inside, other=NEVER)
     else:
-        filled, kept, j = inside, inside, column
+        filled, since, j = inside, column, column
 
     keys_here = matrix(k, k_stride, start, inside, D, BN, BD, LAW)
     s = tl.dot(q, tl.trans(keys_here), input_precision="ieee")
     if KEPT and q_sink is not None:
-        s = tl.where(kept[None, :], tl.dot(q_sink, tl.trans(keys_here), input_precision="ieee"), s)
+        s = tl.where((since == NEVER)[None, :], tl.dot(q_sink, tl.trans(keys_here), input_precision="ieee"), s)
     factor = scale * LOG2E
     if slope is not None or row is not None or bias[0] is not None or bias[1] is not None or bias[2] is not None:
         s = biased(
-            s * factor,
-            p[:, None],
-            j[None, :],
-            h[:, None],
-            t[:, None],
-            column[None, :],
-            there[:, None],
-            filled[None, :],
-            b,
-            slope,
-            row,
-            bias,
-            bias_strides,
-            zero,
-            entries,
-        )
+            s * factor, p[:, None], j[None, :], h[:, None], t[:, None], column[None, :], there[:, None],
+            filled[None, :], b, slope, row, bias, bias_strides, zero, entries,
+        )  # fmt: skip
         factor = 1.0
     if LAW:
-        seen = sees_pairs(j[None, :], filled[None, :], kept[None, :], first[:, None], last[:, None], WINDOWED)
+        seen = sees_pairs(j[None, :], since[None, :], first[:, None], last[:, None], WINDOWED)
         s = tl.where(seen, s, float("-inf"))
     values = matrix(v, v_stride, start, filled, D, BN, BD, LAW)
 
@@ -116,9 +117,11 @@ def forward_kernel(
     before_k_strides,
     before_v_strides,
     q_pos,
-    k_pos,
     q_pos_stride,
-    k_pos_stride,
+    newest,
+    newest_stride,
+    codes,
+    codes_stride,
     ranges,
     ranges_stride,
     sinks,
@@ -169,29 +172,15 @@ def forward_kernel(
     t, h = rows // G, kv * G + rows % G
     if KNOWN:
         there, p, own = t < T, t, (t + q_rest) % BLOCK
-        base = q_base
         first_t, last_t = tile * BM // G, tl.minimum((tile * BM + BM - 1) // G, T - 1)
         kept, low, full_low, full_high, high = known_ranges(
-            first_t,
-            last_t,
-            q_rest,
-            q_base,
-            head,
-            k_shift,
-            columns,
-            S0,
-            window,
-            sink_tokens,
-            lookahead,
-            BLOCK,
-            WINDOWED,
-            BOUNDED,
-            BN,
-        )
+            first_t, last_t, q_rest, q_base, head, k_shift, columns, S0, window, sink_tokens, lookahead,
+            BLOCK, WINDOWED, BOUNDED, BN,
+        )  # fmt: skip
     else:
         position = tl.load(q_pos + b * q_pos_stride + t, mask=t < T, other=-1)
-        base = tl.max(position, 0)
-        there, p, own = position >= 0, relative(position, base), (position % BLOCK).to(tl.int32)
+        there, own = position >= 0, (position % BLOCK).to(tl.int32)
+        p = relative(position, tl.load(newest + b * newest_stride))
         at = ranges + b * ranges_stride + tile * NUMBERS
         kept, low, full_low = tl.load(at), tl.load(at + 1), tl.load(at + 2)
         full_high, high = tl.load(at + 3), tl.load(at + 4)
@@ -228,7 +217,9 @@ def forward_kernel(
     queries, main = (query, q_sink), (k_at, v_at, k_strides, v_strides)
     before = (before_k, before_v, before_k_strides, before_v_strides)
     per_row = (b, h, t, there, p, first, last, slope, row)
-    per_key = (k_pos + b * k_pos_stride, S0, S, columns, sink_tokens, head, q_base, k_shift, base)
+    if codes is not None:
+        codes += b * codes_stride
+    per_key = (codes, S0 + S, S0, S, columns, sink_tokens, head, q_base, k_shift)
     per_pair = (bias, bias_strides, zero, entries)
 
     edges = full_low - low + high - full_high

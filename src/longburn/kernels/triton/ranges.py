@@ -5,6 +5,8 @@ Tiles `0 .. kept - 1` hold all keys that a window keeps for ever; `low .. high -
 of the keys the numbers follow from its own, else a small kernels read the positions.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from longburn.kernels.attend.call import AttendCall
 from longburn.kernels.triton import arguments
-from longburn.kernels.triton.tiles import last_seen, tile_start, tiles_over, tiles_within
+from longburn.kernels.triton.tiles import NEVER, last_seen, relative, tile_start, tiles_over, tiles_within
 
 NUMBERS = tl.constexpr(5)
 MANY = tl.constexpr(1 << 30)  # more tiles than there are
@@ -205,6 +207,37 @@ def _of_keys(
     _write(ranges + (b * tl.num_programs(0) + tile) * NUMBERS, kept, low, full_low, full_high, high)
 
 
+@triton.jit(do_not_specialize=["stride", "newest_stride", "sink_tokens", "columns"])
+def _codes(k_pos, stride, newest, newest_stride, codes, sink_tokens, columns, BN: tl.constexpr):
+    """Two numbers a key: its position from the row's newest query, NEVER if empty; and NEVER if a window keeps it."""
+    b = tl.program_id(1)
+    column = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = column < columns
+    position = tl.load(k_pos + b * stride + column, mask=inside, other=-1)
+    j = tl.where(position >= 0, relative(position, tl.load(newest + b * newest_stride)), NEVER)
+    at = codes + b * 2 * columns + column
+    tl.store(at, j, mask=inside)
+    tl.store(at + columns, tl.where(position < sink_tokens, NEVER, j), mask=inside)
+
+
+def places(call: AttendCall) -> dict[str, Any]:
+    """Where queries and keys stand, for kernels: from the positions, counted from each row's newest query."""
+    q_pos, q_pos_stride = _rows(call.q_pos)
+    newest, newest_stride = _rows(call.q_pos.amax(1))
+    columns = call.k_pos.shape[1]
+    codes = torch.empty(_count(call), 2, columns, dtype=torch.int32, device=call.q.device)
+    _codes[triton.cdiv(columns, 1024), codes.shape[0]](
+        *_rows(call.k_pos), newest, newest_stride, codes, call.sink_tokens, columns, BN=1024
+    )
+    return {
+        **{"q_pos": q_pos, "q_pos_stride": q_pos_stride, "newest": newest, "newest_stride": newest_stride},
+        **{"codes": codes, "codes_stride": stride(codes)},
+    }
+
+
+NOWHERE = {"q_pos": None, "q_pos_stride": 0, "newest": None, "newest_stride": 0, "codes": None, "codes_stride": 0}
+
+
 def of_queries(call: AttendCall, BM: int, BN: int, G: int = 1) -> Tensor:
     """`[rows of positions, tiles, 5]` int32: what each tile of BM rows, G a token, visits among tiles of BN keys."""
     sizes = arguments.sizes(call)
@@ -247,6 +280,9 @@ def _spans_of(positions: Tensor, S0: int, S: int, BN: int) -> Tensor:
     return spans
 
 
+def _count(call: AttendCall) -> int:
+    return max(call.q_pos.shape[0], call.k_pos.shape[0])
+
+
 def _numbers(call: AttendCall, tiles: int) -> Tensor:
-    rows = max(call.q_pos.shape[0], call.k_pos.shape[0])
-    return torch.empty(rows, tiles, NUMBERS.value, dtype=torch.int32, device=call.q.device)
+    return torch.empty(_count(call), tiles, NUMBERS.value, dtype=torch.int32, device=call.q.device)

@@ -1,8 +1,8 @@
 """What forward and backward attention of many queries share on the device: positions, the law, the bias, the ranges.
 
-Positions are counted from a base near the tile's queries and clamped to +-FAR: 32 bits then hold all that matters of
-positions of any size. The law is two comparisons a pair: a query knows the first and the last position that it sees,
-and a key that must fail or pass a comparison in any case is moved out of its reach.
+Positions are counted from a row's newest query and clamped to +-FAR: 32 bits then hold all that matters of positions of
+any size. The law is two comparisons a pair: a query knows the first and the last position that it sees, and a key that
+must fail or pass a comparison in any case stands at NEVER.
 """
 
 import triton
@@ -30,14 +30,14 @@ def last_seen(p, there, own, lookahead, BLOCK: tl.constexpr, BOUNDED: tl.constex
 
 
 @triton.jit
-def sees_pairs(j, filled, kept, first, last, WINDOWED: tl.constexpr):
-    """The law (`kernels.attend.call.visible`): keys at j and queries that see `first .. last`; both broadcast.
+def sees_pairs(j, since, first, last, WINDOWED: tl.constexpr):
+    """The law (`kernels.attend.call.visible`): keys at j, and queries that see `first .. last`; both broadcast.
 
-    kept: keys that a window keeps for ever.
+    `since` is a key's position as far as a window is concerned: NEVER if a window keeps the key for ever.
     """
-    seen = tl.where(filled, j, NEVER) <= last
+    seen = j <= last
     if WINDOWED:
-        seen = seen & (tl.where(kept, NEVER, j) >= first)
+        seen = seen & (since >= first)
     return seen
 
 
