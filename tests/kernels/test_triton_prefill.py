@@ -250,6 +250,7 @@ BANDS = [
     Case("window_and_sinks", from_zero(133), window=21, sink_tokens=3),
     Case("past_it", past_window(400, 133, 37, 20), window=37, sink_tokens=20),
     Case("two_sided", from_zero(133), window=14, lookahead=40),
+    Case("left_only", after(0, 133, unwritten=70), window=14, lookahead=None),
     Case("blocks", from_zero(133), block=24, window=50),
 ]
 

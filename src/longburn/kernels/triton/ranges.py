@@ -157,7 +157,7 @@ def _of_queries(
     for start in range(0, tiles, TILES):
         i = start + tl.arange(0, TILES)
         oldest_key, newest_key, least = _load_spans(spans + b * spans_stride, i, tiles)
-        near = (oldest_key <= last) & (newest >= 0)
+        near = (oldest_key <= last) & (newest_key >= 0) & (newest >= 0)
         kept = tl.maximum(kept, tl.max(tl.where(near & (oldest_key < sink_tokens), i + 1, 0), 0))
         whole = (least >= 0) & (newest >= 0) & (newest_key <= all_last) & (oldest_key >= all_first) & (i >= tiles0)
         seen = near & (newest_key >= first)
@@ -201,7 +201,7 @@ def _of_keys(
         oldest, newest, least = _load_spans(spans + b * spans_stride, i, tiles)
         first, last = _first_seen(oldest, window, WINDOWED), _last_seen(newest, lookahead, BLOCK, BOUNDED)
         all_first, all_last = _first_seen(newest, window, WINDOWED), _last_seen(oldest, lookahead, BLOCK, BOUNDED)
-        seen = (newest >= 0) & (oldest_key <= last) & ((newest_key >= first) | (kept > 0))
+        seen = (newest >= 0) & (newest_key >= 0) & (oldest_key <= last) & ((newest_key >= first) | (kept > 0))
         whole = (least >= 0) & filled & (newest_key <= all_last) & (oldest_key >= all_first) & (kept == 0)
         low, full_low, full_high, high = _run(low, full_low, full_high, high, i, seen, whole)
     _write(ranges + (b * tl.num_programs(0) + tile) * NUMBERS, kept, low, full_low, full_high, high)
