@@ -90,7 +90,7 @@ def of_queries(
     tiles = tl.cdiv(T, BT)
     pair = tl.program_id(0) % (tl.num_programs(0) // tiles)
     tile = tiles - 1 - tl.program_id(0) // (tl.num_programs(0) // tiles)
-    b, h = (pair // H).to(tl.int64), pair % H
+    b, h = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
     t = tile * BT + tl.arange(0, BT)
     q_pos += b * q_pos_stride
     base = tl.load(newest + b * newest_stride)
@@ -268,7 +268,7 @@ def of_keys(
     tiles = tl.cdiv(S, BN)
     K: tl.constexpr = H // G
     pair, tile = tl.program_id(0) % (tl.num_programs(0) // tiles), tl.program_id(0) // (tl.num_programs(0) // tiles)
-    b, kv = (pair // K).to(tl.int64), pair % K
+    b, kv = (pair // K).to(tl.int64), (pair % K).to(tl.int64)
     column = tile * BN + tl.arange(0, BN)
     codes += b * codes_stride
     q_pos += b * q_pos_stride

@@ -119,7 +119,7 @@ def _table(
     """dtable [B, H, tiles of BT queries, entries]: each entry's sum over the pairs at its distance."""
     tiles = tl.cdiv(T, BT)
     pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    b, h = (pair // H).to(tl.int64), pair % H
+    b, h = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
     entry0 = tl.program_id(1) * BINS
     t = tile * BT + tl.arange(0, BT)
     q_pos += b * q_pos_stride
@@ -196,7 +196,7 @@ def _dense(
     per_pair = (heads[1], slope, row, bias, bias_strides, zero, entries)
     total = tl.zeros((BT, BN), tl.float32)
     for i in range(0, batches * heads_each):
-        b, h = (b0 + i // heads_each).to(tl.int64), h0 + i % heads_each
+        b, h = (b0 + i // heads_each).to(tl.int64), (h0 + i % heads_each).to(tl.int64)
         positions = q_pos + b * q_pos_stride
         base = tl.load(newest + b * newest_stride)
         queries = queries_at(positions, t, T, base, window, lookahead, BLOCK, BOUNDED)

@@ -185,7 +185,7 @@ def products(
     Where a query sees nothing, base2 is made finite: the query has no weights anyway.
     """
     t = tl.program_id(0) * BT + tl.arange(0, BT)
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     there, first = t < T, tl.program_id(0) * BT
     x = matrix(out + b * out_strides[0] + h * out_strides[1], out_strides[2], first, there, D, BT, BD, True)
     y = matrix(dout + b * dout_strides[0] + h * dout_strides[1], dout_strides[2], first, there, D, BT, BD, True)

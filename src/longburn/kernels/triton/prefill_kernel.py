@@ -166,7 +166,7 @@ def forward_kernel(
     tiles = tl.cdiv(T * G, BM)
     tile = tiles - 1 - tl.program_id(0) // (tl.num_programs(0) // tiles)
     pair = tl.program_id(0) % (tl.num_programs(0) // tiles)
-    b, kv = (pair // K).to(tl.int64), pair % K
+    b, kv = (pair // K).to(tl.int64), (pair % K).to(tl.int64)
 
     rows = tile * BM + tl.arange(0, BM)
     t, h = rows // G, kv * G + rows % G
