@@ -1,6 +1,7 @@
 """Asking which implementation takes a call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from longburn import ImplError, attend, use_impl
 from longburn.kernels.linear import linear
 from longburn.kernels.registry import Impl, Operation, explain
+from longburn.kernels.route import RouteCall
+from longburn.kernels.triton import on_its_device
 
 
 @pytest.fixture
@@ -78,3 +81,26 @@ def test_the_answer_is_what_happens() -> None:
     assert found.reasons["flex"] == "needs CUDA, got cpu"
     with use_impl("flex"), pytest.raises(ImplError, match="needs CUDA, got cpu"):
         attend(q, k, k)
+
+
+def test_triton_runs_where_the_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current GPU, whatever the tensors say."""
+    entered = []
+
+    @contextmanager
+    def entering(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda:1")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", entering)
+    call = RouteCall(torch.zeros(1).as_subclass(Elsewhere), 3)
+    run = on_its_device(lambda call: call.k)
+    assert run(call) == 3
+    assert entered == [torch.device("cuda:1")]
+    assert run(RouteCall(torch.zeros(1), 4)) == 4
+    assert on_its_device(lambda call: 5)((call, 1)) == 5
+    assert len(entered) == 2

@@ -131,6 +131,7 @@ def _native_why_not(call: AppendCall) -> str | None:
     return native.unavailable()
 
 
+@triton.on_its_device
 def _triton(call: AppendCall) -> Rotated:
     from longburn.kernels.triton.append import append
 

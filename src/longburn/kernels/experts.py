@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longburn.kernels import experts_grouped as grouped
-from longburn.kernels import native
+from longburn.kernels import native, triton
 from longburn.kernels.feedforward import clamped_swiglu
 from longburn.kernels.mxfp4 import Mxfp4, dequantize
 from longburn.kernels.registry import Impl, Operation
-from longburn.kernels.triton import has_gradients, unavailable
 
 FEW = 4  # choices for each expert there is, up to which weights are read packed; beyond, it pays to unpack them first
 TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -119,6 +118,7 @@ def _tensors(weight: Tensor | Mxfp4) -> tuple[Tensor, ...]:
     return tuple(weight) if isinstance(weight, Mxfp4) else (weight,)
 
 
+@triton.on_its_device
 def _triton(call: ExpertsCall) -> Tensor:
     from longburn.kernels.triton.experts import experts
 
@@ -128,9 +128,9 @@ def _triton(call: ExpertsCall) -> Tensor:
 def _triton_why_not(call: ExpertsCall) -> str | None:
     read = (*_tensors(call.gate_up), call.gate_up_bias, *_tensors(call.down), call.down_bias)
     floating = [t for t in (call.x, call.weights, call.residual, *read) if t is not None and t.dtype != torch.uint8]
-    if reason := unavailable(call.x, call.chosen, call.weights, call.residual, *read):
+    if reason := triton.unavailable(call.x, call.chosen, call.weights, call.residual, *read):
         return reason
-    if has_gradients(*floating):
+    if triton.has_gradients(*floating):
         return "has no gradients"
     if not all(tensor.is_contiguous() for tensor in read):
         return "a weight has gaps"

@@ -44,6 +44,7 @@ def _gated_native_why_not(gate_up: Tensor) -> str | None:
     return native.why_not(gate_up)
 
 
+@triton.on_its_device
 def _gated_triton(gate_up: Tensor) -> Tensor:
     from longburn.kernels.triton.norm import gated
 

@@ -63,6 +63,7 @@ def _native_why_not(call: LinearCall) -> str | None:
     return few_rows(NATIVE_ROWS, *call) or native.why_not(*call)
 
 
+@triton.on_its_device
 def _triton(call: LinearCall) -> Tensor:
     from longburn.kernels.triton.linear import linear
 

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longburn.kernels import native
+from longburn.kernels import native, triton
 from longburn.kernels.registry import Impl, Operation
-from longburn.kernels.triton import unavailable
 
 BLOCK = 32  # values that share a scale
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -65,6 +64,7 @@ def _native_why_not(call: DequantizeCall) -> str | None:
     return native.unavailable()
 
 
+@triton.on_its_device
 def _triton(call: DequantizeCall) -> Tensor:
     from longburn.kernels.triton.mxfp4 import dequantize
 
@@ -76,7 +76,7 @@ def _triton_why_not(call: DequantizeCall) -> str | None:
         return f"gives fp32, bf16 or fp16, wanted {call.dtype}"
     if not all(tensor.is_contiguous() for tensor in call.weight):
         return "the weight has gaps"
-    return unavailable(*call.weight)
+    return triton.unavailable(*call.weight)
 
 
 DEQUANTIZE: Operation[DequantizeCall, Tensor] = Operation(

@@ -46,6 +46,7 @@ def _native_why_not(call: NormCall) -> str | None:
     return native.why_not(x, weight)
 
 
+@triton.on_its_device
 def _triton(call: NormCall) -> Tensor:
     from longburn.kernels.triton.norm import rms_norm
 

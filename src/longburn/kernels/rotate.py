@@ -58,6 +58,7 @@ def _angles_native_why_not(call: AnglesCall) -> str | None:
     return native.unavailable()
 
 
+@triton.on_its_device
 def _angles_triton(call: AnglesCall) -> tuple[Tensor, Tensor]:
     from longburn.kernels.triton.rotate import angles
 
@@ -115,6 +116,7 @@ def _rotate_native_why_not(call: RotateCall) -> str | None:
     return native.why_not(x)
 
 
+@triton.on_its_device
 def _rotate_triton(call: RotateCall) -> Tensor:
     from longburn.kernels.triton.rotate import rotate
 

@@ -5,9 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longburn.kernels import native
+from longburn.kernels import native, triton
 from longburn.kernels.registry import Impl, Operation
-from longburn.kernels.triton import has_gradients, unavailable
 
 FEW = 16  # tokens; beyond, PyTorch's selection is the faster one on the CPU
 MOST = 1024  # experts, of which a GPU holds a token's logits in registers
@@ -49,6 +48,7 @@ def _native_why_not(call: RouteCall) -> str | None:
     return native.why_not(logits)
 
 
+@triton.on_its_device
 def _triton(call: RouteCall) -> Routed:
     from longburn.kernels.triton.route import route
 
@@ -57,9 +57,9 @@ def _triton(call: RouteCall) -> Routed:
 
 def _triton_why_not(call: RouteCall) -> str | None:
     logits = call.logits
-    if reason := unavailable(logits):
+    if reason := triton.unavailable(logits):
         return reason
-    if has_gradients(logits):
+    if triton.has_gradients(logits):
         return "has no gradients"
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"takes fp32, bf16 or fp16, got {logits.dtype}"

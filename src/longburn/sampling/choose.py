@@ -45,6 +45,7 @@ def _most_likely_reference(logits: Tensor) -> Tensor:
     return torch.where(best > -torch.inf, token, -1)
 
 
+@triton.on_its_device
 def _most_likely_triton(logits: Tensor) -> Tensor:
     from longburn.kernels.triton.draw import most_likely_token
 
@@ -82,6 +83,7 @@ def _draw_reference(call: DrawCall) -> Tensor:
     return index if ids is None else take(ids, index, missing=-1)
 
 
+@triton.on_its_device
 def _draw_triton(call: DrawCall) -> Tensor:
     from longburn.kernels.triton.draw import Settings, draw
     from longburn.kernels.triton.draw_ranked import draw_ranked

@@ -40,6 +40,7 @@ def attend_triton(call: AttendCall) -> AttendResult:
     return result
 
 
+@triton.on_its_device
 def _compute(call: AttendCall) -> AttendResult:
     """The first kernel that takes the call."""
     from longburn.kernels.triton.decode import decode, decode_why_not

@@ -1,12 +1,17 @@
 """Kernels for GPUs, in Triton. Its modules import Triton, so others import them inside functions, when first used."""
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from longburn.kernels.registry import chosen
+
+Call = TypeVar("Call")
+Result = TypeVar("Result")
 
 NAME = "triton"
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,3 +69,23 @@ def why_not(*tensors: Tensor | None) -> str | None:
     if torch.compiler.is_compiling():
         return "cannot be traced"
     return unavailable(*tensors) or ("has no gradients" if has_gradients(*tensors) else None)
+
+
+def on_its_device(run: Callable[[Call], Result]) -> Callable[[Call], Result]:
+    """`run(call)` with the GPU of the call's first tensor as the current one, because Triton launches on that one."""
+
+    @wraps(run)
+    def there(call: Call) -> Result:
+        device = _first_tensor(call).device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return run(call)
+        with torch.cuda.device(device):
+            return run(call)
+
+    return there
+
+
+def _first_tensor(call: object) -> Tensor:
+    while not isinstance(call, Tensor):
+        call = call[0] if isinstance(call, tuple) else next(iter(vars(call).values()))
+    return call
