@@ -62,7 +62,9 @@ def decode(call: AttendCall) -> AttendResult:
     ways, keys, least, warps, stages = _tiles(block_d, k.element_size(), q.dtype == torch.float32)
     tile = ways * keys
     heads = K * -(-G * T // rows)
-    limit = _most_splits(heads if torch.are_deterministic_algorithms_enabled() else B * heads, q.device)
+    limit = _most_splits(
+        heads if torch.are_deterministic_algorithms_enabled() else B * heads, k.element_size(), q.device
+    )
     splits = max(1, min(limit, (-(-S0 // tile) + -(-S // tile)) // least))
     out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
@@ -140,22 +142,27 @@ def _tiles(block_d: int, itemsize: int, exact: bool) -> tuple[int, int, int, int
     if exact:  # products in true fp32 are no work for tensor cores: all warps share one small tile
         return 1, 16, LEAST_KEYS // 16, 8, 1 if block_d > 128 else 2
     if block_d > 128:  # a softmax of a warp's own would not fit its registers
-        return 1, 64, LEAST_KEYS // 64, 8, 2
+        return 1, 32, LEAST_KEYS // 32, 4, 3
     return 4, 16, LEAST_KEYS // 64, 4, 4 if block_d * itemsize <= 128 else 3
 
 
 @cache
-def _most_splits(units: int, device: torch.device) -> int:
-    """Splits that give every multiprocessor one block, with few of them idle in the last round."""
+def _most_splits(units: int, itemsize: int, device: torch.device) -> int:
+    """Splits that give every multiprocessor one block, and few of them idle in the last round.
+
+    fp8 wants two: converting it takes longer than reading it. Between one block and three there is a loss, because some
+    multiprocessors have two and others one.
+    """
     cuda = device.type == "cuda"
-    places = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 132
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 132
+    places = 2 * sms if itemsize == 1 else sms
 
     def idle(splits: int) -> float:
         rounds = -(-units * splits // places)
         return 1 - units * splits / (rounds * places)
 
-    most = max(1, min(MAX_SPLITS, ROUNDS * places // units))
-    fewest = max(1, min(most, places // units))
+    fewest = min(MAX_SPLITS, places // units if units <= sms else 2)
+    most = max(fewest, min(MAX_SPLITS, ROUNDS * places // units))
     return next((n for n in range(fewest, most + 1) if idle(n) < 0.1), min(range(fewest, most + 1), key=idle))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _compiled: dict[Hashable, Any] = {}
@@ -24,10 +25,14 @@ def launch(
     compiled. Here the types of the tensors and the constants decide (strides among them): the parameters of the numbers
     must be named in the kernel's `do_not_specialize`.
     """
+    device = next(x.device for x in tensors if x is not None)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():  # where Triton launches
+        with torch.cuda.device(device):
+            return launch(kernel, grid, tensors, numbers, constants, **options)
     addresses = [None if x is None else x.data_ptr() for x in tensors]
     usual = not any(x is not None and x % _ALIGNMENT for x in addresses) and max(numbers) <= _LARGEST
     types = tuple(None if x is None else x.dtype for x in tensors)
-    key = (kernel, tensors[0].device if tensors[0] is not None else None, types, constants, *options.values())
+    key = (kernel, device, types, constants, *options.values())
     found = _compiled.get(key) if usual else None
     if found is not None:
         found[grid](*addresses, *numbers, *constants)
