@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,16 +28,18 @@ WORKER = Path(__file__).with_name("gpu_worker.py")
 WRITER = Path(__file__).with_name("synthetic_gpt_oss.py")
 LIMITS = {  # seconds, by section in the order of the run
     "ceilings": 60,
-    "decode attention": 150,
-    "prefill attention": 150,
-    "model": 210,
-    "transformers": 90,
+    "decode attention": 120,
+    "model": 180,
+    "prefill attention": 120,
+    "flex": 120,
+    "transformers": 120,
 }
+UNASKED = [section for section in LIMITS if section != "transformers"]
 FROM_CHECKPOINT = {"model", "transformers"}
 
 
-def run_section(section: str, job: Mapping[str, Any], limit: float) -> tuple[list[dict[str, Any]], str | None]:
-    """The records that a section gave within `limit` seconds, and why there are not more of them."""
+def run_section(section: str, job: Mapping[str, Any], limit: float, keep: Callable[[Any], None]) -> str | None:
+    """Hand every record of a section to `keep` as it comes, for `limit` seconds; says why there are not more."""
     process = subprocess.Popen(
         [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -52,18 +54,22 @@ def run_section(section: str, job: Mapping[str, Any], limit: float) -> tuple[lis
     try:
         process.stdin.write(json.dumps({"section": section, **job}))
         process.stdin.close()
-        records = [json.loads(line) for line in process.stdout if line.startswith("{")]
+        for line in process.stdout:
+            if line.startswith("{"):
+                keep(json.loads(line))
         code = process.wait()
     finally:
         timer.cancel()
     reader.join(5)
     if late.is_set():
-        return records, f"stopped after {limit:.0f} s"
-    return records, f"failed: {' '.join(''.join(errors).split())[-400:]}" if code else None
+        return f"stopped after {limit:.0f} s"
+    return f"failed: {' '.join(''.join(errors).split())[-400:]}" if code else None
 
 
 def main(
-    only: Annotated[str, typer.Option(help="Sections to run, comma-separated.")] = ",".join(LIMITS),
+    only: Annotated[str, typer.Option(help=f"Sections to run, comma-separated, of {', '.join(LIMITS)}.")] = ",".join(
+        UNASKED
+    ),
     checkpoint: Annotated[
         Path | None, typer.Option(help="A GPT-OSS in OpenAI's format. Default: a random one is written and removed.")
     ] = None,
@@ -97,14 +103,19 @@ def main(
                 writer = None
             left = 60 * minutes - (time.monotonic() - began)
             started = time.monotonic()
-            records, cut = run_section(section, {"checkpoint": str(checkpoint)}, min(limit, left))
-            result["sections"][section] = records
-            if cut:
+            records = result["sections"].setdefault(section, [])
+
+            def keep(record: Any, records: list[Any] = records) -> None:
+                records.append(record)
+                if save:
+                    write_json(NAME, result)
+
+            if cut := run_section(section, {"checkpoint": str(checkpoint)}, min(limit, left), keep):
                 result["cut"][section] = cut
             took = f"{time.monotonic() - started:.0f} s"
             out.print(f"{section}: {len(records)} records in {took}{f', {cut}' if cut else ''}")
-            if save:
-                write_json(NAME, result)
+    if save:
+        write_json(NAME, result)
     for sheet in sheets(result):
         out.print(sheet.rich())
     for note in notes(result):

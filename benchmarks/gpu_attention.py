@@ -45,7 +45,7 @@ DECODE = [
     Shape(1, 32, 8, 128, 131072),
     Shape(16, 32, 8, 128, 8192),
 ]
-FLEX_DECODE = DECODE[:2]  # its compiler takes many seconds for each
+FLEX_DECODE = DECODE[:2]
 
 
 class Inputs(NamedTuple):
@@ -155,14 +155,10 @@ def compiled_flex() -> Callable[..., Tensor]:
 
 
 def decode() -> Iterator[Record]:
-    """Every shape plain, with all features, and in fp8; peers plain; windowed layers; then FlexAttention."""
+    """Windowed layers; then every shape plain, with all features, and in fp8; peers plain."""
+    yield from _windows()
     for shape in DECODE:
         yield from _decode_shape(shape)
-        torch.cuda.empty_cache()
-    yield from _windows()
-    flex = compiled_flex()
-    for shape in FLEX_DECODE:
-        yield from _decode_flex(shape, flex)
         torch.cuda.empty_cache()
 
 
@@ -242,15 +238,6 @@ def _windows() -> Iterator[Record]:
         torch.cuda.empty_cache()
 
 
-def _decode_flex(shape: Shape, flex: Callable[..., Tensor]) -> Iterator[Record]:
-    B, H, K, D, S = shape
-    nbytes = 2 * 2 * B * K * S * D
-    figures = {"bytes": nbytes, "flops": 4 * B * H * S * D}
-    sets = [inputs(shape, 1, seed) for seed in range(copies(nbytes))]
-    calls = [partial(flex, *given, enable_gqa=True) for given in sets]
-    yield compare(str(shape), "Flex", calls, truth(sets[0]), **figures)
-
-
 # --- many new tokens -------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +291,7 @@ PREFILL = [
 
 
 def prefill() -> Iterator[Record]:
-    """Every case, and after them all FlexAttention."""
+    """Every case, and PyTorch's kernels where they can compute it but for the sinks."""
     for case in PREFILL:
         sets = _prefill_inputs(case)
         sinks, rows, wanted, figures = _prefill_truth(case, sets[0])
@@ -316,16 +303,10 @@ def prefill() -> Iterator[Record]:
             causal = case.window.lookahead is not None
             for name, backend in PEERS.items():
                 calls = [partial(sdpa, backend, given, is_causal=causal) for given in sets]
-                yield compare(
-                    case.name, f"{name}, no sinks" if case.sinks else name, calls, plain, rows=rows, **figures
-                )
+                engine = f"{name}, no sinks" if case.sinks else name
+                yield compare(case.name, engine, calls, plain, rows=rows, **figures)
         del sets, calls, wanted
         torch.cuda.empty_cache()
-    flex = compiled_flex()
-    for case in PREFILL:
-        if case.flex:
-            yield _prefill_flex(case, flex)
-            torch.cuda.empty_cache()
 
 
 def _prefill_inputs(case: Prefill) -> list[Inputs]:
@@ -352,7 +333,31 @@ def _slopes(heads: int) -> Tensor:
     return 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=DEVICE) / heads)
 
 
-def _prefill_flex(case: Prefill, flex: Callable[..., Any]) -> Record:
+# --- FlexAttention, whose compiler takes many seconds for each kind of call ------------------------------------------
+
+
+def flex() -> Iterator[Record]:
+    """The shortest decode, prompts, and longer decodes."""
+    compute = compiled_flex()
+    yield _decode_flex(FLEX_DECODE[0], compute)
+    for case in PREFILL:
+        if case.flex:
+            yield _prefill_flex(case, compute)
+            torch.cuda.empty_cache()
+    for shape in FLEX_DECODE[1:]:
+        yield _decode_flex(shape, compute)
+
+
+def _decode_flex(shape: Shape, compute: Callable[..., Tensor]) -> Record:
+    B, H, K, D, S = shape
+    nbytes = 2 * 2 * B * K * S * D
+    figures = {"bytes": nbytes, "flops": 4 * B * H * S * D}
+    sets = [inputs(shape, 1, seed) for seed in range(copies(nbytes))]
+    calls = [partial(compute, *given, enable_gqa=True) for given in sets]
+    return compare(str(shape), "Flex", calls, truth(sets[0]), **figures)
+
+
+def _prefill_flex(case: Prefill, compute: Callable[..., Any]) -> Record:
     """Sinks through its log-sum-exp, as its users do."""
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -372,8 +377,8 @@ def _prefill_flex(case: Prefill, flex: Callable[..., Any]) -> Record:
 
     def call(given: Inputs) -> Tensor:
         if sinks is None:
-            return flex(*given, **options)
-        out, lse = flex(*given, return_lse=True, **options)
+            return compute(*given, **options)
+        out, lse = compute(*given, return_lse=True, **options)
         return out * torch.sigmoid(lse - sinks[:, None]).unsqueeze(-1).to(out.dtype)
 
     return compare(case.name, "Flex", [partial(call, given) for given in sets], wanted, rows=rows, **figures)

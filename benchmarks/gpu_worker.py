@@ -14,6 +14,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], Iterator[dict[str, Any]]]] = {
     "ceilings": lambda job: iter([gpu_timing.ceilings()]),
     "decode attention": lambda job: gpu_attention.decode(),
     "prefill attention": lambda job: gpu_attention.prefill(),
+    "flex": lambda job: gpu_attention.flex(),
     "model": lambda job: gpu_model.model(Path(job["checkpoint"])),
     "transformers": lambda job: gpu_model.transformers(Path(job["checkpoint"])),
 }

@@ -81,7 +81,6 @@ def test_slopes_are_those_of_the_library() -> None:
 @pytest.mark.usefixtures("on_cpu")
 def test_every_case_computes_the_right_thing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_attention, "DECODE", [Shape(2, 8, 2, 64, 300), Shape(1, 4, 4, 32, 513)])
-    monkeypatch.setattr(gpu_attention, "FLEX_DECODE", [])
     small = [replace(case, T=case.T // 64, S=case.S // 64, flex=False) for case in gpu_attention.PREFILL]
     monkeypatch.setattr(gpu_attention, "PREFILL", small)
     records = [*gpu_attention.decode(), *gpu_attention.prefill()]
@@ -155,17 +154,22 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_section_is_read_line_by_line(worker: Path) -> None:
     worker.write_text("import json, sys\njob = json.load(sys.stdin)\nprint('noise')\nprint(json.dumps(job))")
-    assert gpu.run_section("model", {"checkpoint": "x"}, 30) == ([{"section": "model", "checkpoint": "x"}], None)
+    records: list[Any] = []
+    assert gpu.run_section("model", {"checkpoint": "x"}, 30, records.append) is None
+    assert records == [{"section": "model", "checkpoint": "x"}]
 
 
 def test_what_a_late_section_has_done_counts(worker: Path) -> None:
     worker.write_text("import time\nprint('{\"case\": 1}', flush=True)\ntime.sleep(600)")
-    assert gpu.run_section("model", {}, 2) == ([{"case": 1}], "stopped after 2 s")
+    records: list[Any] = []
+    assert gpu.run_section("model", {}, 2, records.append) == "stopped after 2 s"
+    assert records == [{"case": 1}]
 
 
 def test_what_a_failing_section_has_done_counts(worker: Path) -> None:
     worker.write_text("print('{\"case\": 1}', flush=True)\nraise ValueError('out\\nof memory')")
-    records, why = gpu.run_section("model", {}, 30)
+    records: list[Any] = []
+    why = gpu.run_section("model", {}, 30, records.append)
     assert records == [{"case": 1}]
     assert why is not None
     assert why.startswith("failed: ")
@@ -239,6 +243,7 @@ RESULT: dict[str, Any] = {
             timed("P", "longburn", 1e-3, flops=5e11),
             timed("P", "cuDNN, no sinks", 2e-3, flops=5e11),
         ],
+        "flex": [timed("P", "Flex", 4e-3, flops=5e11), timed("A", "Flex", 20e-6)],
         "model": [
             {"case": "load", "cold": True, "seconds": 5.0, "bytes": 13e9, "largest_tensor": 2**30,
              "resident_before": 2**30, "peak_resident": 2**31},
@@ -263,10 +268,10 @@ RESULT: dict[str, Any] = {
 def test_tables() -> None:
     decode, windows, prefill, model, prompt = gpu_summary.sheets(RESULT)
     assert [list(row) for row in decode.rows] == [
-        ["A", "1.0", "1.3", "1.5", "1.0*", "2.5", "failed", "-", "80%", "1.20", "0.50", "1.25"]
+        ["A", "1.0", "1.3", "1.5", "1.0*", "2.5", "failed", "20.0", "80%", "1.20", "0.50", "1.25"]
     ]
     assert [list(row) for row in windows.rows] == [["window 128 at 8,192, ring", "1.00", "4.0"]]
-    assert [list(row) for row in prefill.rows] == [["P", "0.714", "1.000", "500", "250", "-", "-", "2.00", "-"]]
+    assert [list(row) for row in prefill.rows] == [["P", "0.714", "1.000", "500", "250", "-", "125", "2.00", "4.00"]]
     assert [list(row) for row in model.rows] == [
         ["32", "8,192", "bf16", "3,200", "6,400", "50%", "-", "16.0"],
         ["1", "8,192", "bf16", "500", "1,000", "50%", "25", "16.0"],
@@ -282,7 +287,7 @@ def test_notes_say_what_has_no_figure() -> None:
     assert "No figure: model, decode, batch 1, context 8192, packed True: wrong" in notes
     assert "prefill attention: stopped after 150 s" in notes
     assert any("13.00 GB from disk took 5.0 s (2.6 GB/s). Host memory grew by 1.00 GiB" in note for note in notes)
-    assert any("1.00% off those in fp32, those of the plain bf16 implementation 2.00%" in note for note in notes)
+    assert any("1.00% off those in fp32, those of plain bf16 operations 2.00%" in note for note in notes)
     assert notes[-1].startswith("*: launched from Python")
 
 
