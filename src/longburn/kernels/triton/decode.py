@@ -8,7 +8,6 @@ exchanged before the end.
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 
 from longburn.kernels.attend.call import AttendCall, AttendResult, BiasTerms
@@ -57,9 +56,10 @@ def decode(call: AttendCall) -> AttendResult:
     k_before, v_before = call.before or (None, None)
     k_scale, v_scale = call.scales or (None, None)
     S0 = 0 if k_before is None else k_before.shape[2]
-    block_d, block_dv = (max(16, triton.next_power_of_2(n)) for n in (D, DV))
-    rows = 32 if G * T > 16 and max(block_d, block_dv) <= 128 and q.element_size() == 2 else 16
-    ways, keys, least, warps, stages = _tiles(block_d, k.element_size(), q.dtype == torch.float32)
+    block_d, block_dv = _power_of_two(D), _power_of_two(DV)
+    exact = q.dtype == torch.float32
+    rows = 32 if G * T > 16 and block_d <= 128 and block_dv <= 128 and not exact else 16
+    ways, keys, least, warps, stages = _tiles(block_d, k.element_size(), exact)
     tile = ways * keys
     heads = K * -(-G * T // rows)
     limit = _most_splits(
@@ -125,6 +125,11 @@ def _bias_strides(bias: BiasTerms) -> tuple[int, ...]:
         0 if table is None else _step(table, 0),
         *((0, 0, 0, 0) if dense is None else (_step(dense, 0), _step(dense, 1), *dense.stride()[2:])),
     )
+
+
+def _power_of_two(size: int) -> int:
+    """The least one that holds this many and that tensor cores take."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def _strides(x: Tensor | None, n: int) -> tuple[int, ...] | None:

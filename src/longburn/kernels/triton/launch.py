@@ -1,6 +1,8 @@
 """Launching a kernel without looking at all its arguments again."""
 
 from collections.abc import Hashable, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -30,8 +32,8 @@ def launch(
         with torch.cuda.device(device):
             return launch(kernel, grid, tensors, numbers, constants, **options)
     addresses = [None if x is None else x.data_ptr() for x in tensors]
-    usual = not any(x is not None and x % _ALIGNMENT for x in addresses) and max(numbers) <= _LARGEST
-    types = tuple(None if x is None else x.dtype for x in tensors)
+    types = tuple([None if x is None else x.dtype for x in tensors])
+    usual = reduce(or_, filter(None, addresses)) % _ALIGNMENT == 0 and max(numbers) <= _LARGEST
     key = (kernel, device, types, constants, *options.values())
     found = _compiled.get(key) if usual else None
     if found is not None:
