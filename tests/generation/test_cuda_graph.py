@@ -101,7 +101,7 @@ def same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("lengths", [(5,), (11, 11), (30, 1, 8)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_bits_of_the_step_without_a_graph(policy: str, dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
     """Before, at and after the ring's wrap, from one capture."""

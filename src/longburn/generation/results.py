@@ -39,7 +39,7 @@ class _Place:
             if place is not None and tensor is not None:
                 place.copy_(tensor, non_blocking=True)
         if self._arrived is not None:
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(sampled.tokens.device))
 
     def value(self) -> Sampled:
         if self._arrived is not None:

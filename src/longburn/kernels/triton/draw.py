@@ -17,7 +17,6 @@ from torch import Tensor
 from longburn.kernels.triton.mass import clean, key_of, number_of, share_of, target_of, top_of, weigh
 
 BLOCK = 2048  # tokens a program
-LANES = 256  # of them at a time, where they are summed by digit
 DIGITS = 8  # of four bits, in a key of 32
 STATE = 3  # numbers kept from launch to launch: the digits so far, the mass above them, the mass wanted
 
@@ -94,7 +93,6 @@ def _sum_by_digit(
     SUMMED: tl.constexpr,
     RANKED: tl.constexpr,
     BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
     COUNT: tl.constexpr,
     DIGITS: tl.constexpr,
 ):
@@ -112,21 +110,20 @@ def _sum_by_digit(
             tl.store(here, digits)
             tl.store(here + 1, above)
             tl.store(here + 2, wanted)
-    t = tl.load(temperature + row)
-    digit = tl.arange(0, 16)
-    mass = tl.zeros((LANES, 16), tl.int64)
-    for i in range(BLOCK // LANES):
-        at = block * BLOCK + i * LANES + tl.arange(0, LANES)
-        x = clean(tl.load(logits + row * stride + at, mask=at < size, other=-float("inf")))
-        key = key_of(x)
-        agrees = (key >> (4 * (DIGITS - step))) == digits
-        if tl.max(agrees.to(tl.int32), 0) > 0:
-            weight = tl.full((LANES,), 1, tl.int64) if RANKED else weigh(x, top, t)
-            weight = tl.where(agrees & (at < size), weight, 0)
-            own = ((key >> (4 * (DIGITS - step - 1))) & 15).to(tl.int32)
-            mass += tl.where(own[:, None] == digit[None, :], weight[:, None], 0)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    x = clean(tl.load(logits + row * stride + at, mask=at < size, other=-float("inf")))
+    key = key_of(x)
+    agrees = (key >> (4 * (DIGITS - step))) == digits
     here = sums + ((row * DIGITS + step) * blocks + block) * 16
-    tl.store(here + digit, tl.sum(mass, 0))
+    if tl.max(agrees.to(tl.int32), 0) > 0:
+        weight = tl.full((BLOCK,), 1, tl.int64) if RANKED else weigh(x, top, tl.load(temperature + row))
+        weight = tl.where(agrees & (at < size), weight, 0)
+        own = ((key >> (4 * (DIGITS - step - 1))) & 15).to(tl.int32)
+        # One sum after the other: in a tile of tokens by digits, every token would be weighed by many threads.
+        for digit in tl.static_range(16):
+            tl.store(here + digit, tl.sum(tl.where(own == digit, weight, 0), 0))
+    else:
+        tl.store(here + tl.arange(0, 16), tl.zeros((16,), tl.int64))
 
 
 @triton.jit
@@ -282,7 +279,6 @@ class Scratch:
                 **self.constants,
                 SUMMED=min(step, 2),
                 RANKED=ranked,
-                LANES=LANES,
             )
         return state, sums
 
