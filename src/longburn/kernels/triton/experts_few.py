@@ -135,6 +135,15 @@ def _down(
         lines = append(lines, _experts(chosen + i, experts) * out + row)
     if K % 2:
         lines = append(lines, lines[K - 1])
+    R: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    at = gl.program_id(0) * ROWS + gl.arange(0, ROWS, R)
+    inside = at < out
+    total = gl.zeros([ROWS], gl.float32, R)
+    for i in gl.static_range(K):
+        own_bias = gl.load(bias + _experts(chosen + i, experts) * out + at, mask=inside, other=0).to(gl.float32)
+        total += gl.load(weights + i).to(gl.float32) * own_bias
+    if residual is not None:
+        total += gl.load(residual + token * out + at, mask=inside, other=0).to(gl.float32)
     source = token * K + gl.minimum(g, K - 1)
     parts = sums(hidden, source, words, scales, lines, L, GROUPS, True, BLOCKS, AHEAD, WARPS, PDL)
     lane = gl.arange(0, 4 * WARPS, gl.SliceLayout(1, gl.SliceLayout(0, L)))[:, None][None, :, :] % 4
@@ -144,16 +153,8 @@ def _down(
         if 2 * group + 1 < K:
             own += gl.load(weights + 2 * group + 1).to(gl.float32) * parts[group][3]
         acc = gl.where(lane == group, own, acc)
-    R: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, R)
-    inside = row < out
-    total = gl.convert_layout(gl.sum(gl.sum(acc, 2), 1), R) * GROWN
-    for i in gl.static_range(K):
-        own_bias = gl.load(bias + _experts(chosen + i, experts) * out + row, mask=inside, other=0).to(gl.float32)
-        total += gl.load(weights + i).to(gl.float32) * own_bias
-    if residual is not None:
-        total += gl.load(residual + token * out + row, mask=inside, other=0).to(gl.float32)
-    gl.store(y + token * out + row, total.to(y.dtype.element_ty), mask=inside)
+    total += gl.convert_layout(gl.sum(gl.sum(acc, 2), 1), R) * GROWN
+    gl.store(y + token * out + at, total.to(y.dtype.element_ty), mask=inside)
 
 
 def why_not(call: "ExpertsCall") -> str | None:
