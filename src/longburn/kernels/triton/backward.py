@@ -34,7 +34,6 @@ def backward(
     base2, delta = torch.empty_like(lse), torch.empty_like(lse)
     grid = (triton.cdiv(T, 32), B * H)
     products[grid](out, dout, out.stride()[:3], dout.stride()[:3], lse, base2, delta, T, H, D=D, BT=32, BD=BD)
-    found = _of_rows(call, lse, delta, dlse, wanted)
     if dlse is not None:
         delta -= dlse
 
@@ -50,8 +49,10 @@ def backward(
         **arguments.bias(call),
         **{"scale": call.scale, "H": H, "G": call.groups, "D": D, "BD": BD},
     }
-    if wanted & {"q", "q_sink", "slope"}:
-        found |= _gradients_of_queries(call, shared, wanted)
+    found: dict[str, Tensor] = {}
+    if wanted & {"q", "q_sink", "slope", "row", "sinks"}:
+        found, rows = _gradients_of_queries(call, shared, wanted)
+        found |= {} if rows is None else _of_rows(call, lse, delta, dlse, rows, wanted)
     if wanted & {"k", "v", "key"}:
         found |= _gradients_of_keys(call, shared, wanted)
     if "table" in wanted and bias.table is not None:
@@ -61,27 +62,37 @@ def backward(
     return found
 
 
-def _of_rows(call: AttendCall, lse: Tensor, delta: Tensor, dlse: Tensor | None, wanted: Set[str]) -> dict[str, Tensor]:
-    """What follows from each row's sums alone: a learned sink's weight has the value 0, and the others' add up to 1."""
+def _of_rows(
+    call: AttendCall, lse: Tensor, delta: Tensor, dlse: Tensor | None, rows: Tensor, wanted: Set[str]
+) -> dict[str, Tensor]:
+    """What follows from each row's sums alone: a learned sink's weight has the value 0, and the others' add up to 1.
+
+    The output was rounded, and delta with it; the sums over each row's keys (`rows`) make up for that.
+    """
     found = {}
     sinks, row = call.sinks, None if call.bias is None else call.bias.row
     weight = torch.zeros_like(lse) if sinks is None else torch.exp(sinks[:, None] - lse).nan_to_num()
     ours = torch.zeros_like(lse) if dlse is None else dlse
+    product = rows + delta * (1 - weight)  # of output and output gradient, unrounded
     if "sinks" in wanted and sinks is not None:
-        found["sinks"] = (weight * (ours - delta)).sum((0, 2)).to(sinks.dtype)
+        found["sinks"] = (weight * (ours - product)).sum((0, 2)).to(sinks.dtype)
     if "row" in wanted and row is not None:
-        each = torch.where(lse == -torch.inf, 0, weight * delta + (1 - weight) * ours)
+        each = torch.where(lse == -torch.inf, 0, weight * product + (1 - weight) * ours)
         found["row"] = each.sum_to_size(row.shape).to(row.dtype)
     return found
 
 
-def _gradients_of_queries(call: AttendCall, shared: dict[str, Any], wanted: Set[str]) -> dict[str, Tensor]:
+def _gradients_of_queries(
+    call: AttendCall, shared: dict[str, Any], wanted: Set[str]
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Those of the queries and of slopes, and the sums of each row's gradients if they are needed."""
     B, H, T, _ = call.q.shape
     slope = None if call.bias is None else call.bias.slope
     tile = _tile_of_queries(call)
     visits = ranges.of_queries(call, tile["BT"], tile["BN"])
     dq = arguments.empty_like_heads(call.q)
     dq_sink = None if call.q_sink is None else arguments.empty_like_heads(call.q)
+    rows = torch.empty(B, H, T, device=dq.device) if wanted & {"sinks", "row"} else None
     distances = torch.empty(B, H, T, device=dq.device) if "slope" in wanted else None
     of_queries[(triton.cdiv(T, tile["BT"]) * B * H,)](
         **shared,
@@ -91,6 +102,7 @@ def _gradients_of_queries(call: AttendCall, shared: dict[str, Any], wanted: Set[
         dq=dq,
         dq_sink=dq_sink,
         dq_strides=dq.stride()[:3],
+        rows=rows,
         distances=distances,
     )
     found = {"q": dq}
@@ -98,7 +110,7 @@ def _gradients_of_queries(call: AttendCall, shared: dict[str, Any], wanted: Set[
         found["q_sink"] = dq_sink
     if distances is not None and slope is not None:
         found["slope"] = -distances.sum((0, 2)).to(slope.dtype)
-    return found
+    return found, rows
 
 
 def _gradients_of_keys(call: AttendCall, shared: dict[str, Any], wanted: Set[str]) -> dict[str, Tensor]:

@@ -26,22 +26,25 @@ def _visit_keys(
     BD: tl.constexpr,
     WINDOWED: tl.constexpr,
     LAW: tl.constexpr,
+    WANTS_ROWS: tl.constexpr,
     WANTS_SLOPE: tl.constexpr,
 ):
     """The sums of a tile of queries after one more tile of keys."""
-    dq, dq_sink, distances = state
+    dq, dq_sink, rows, distances = state
     k, v, k_strides, v_strides = main
     keys = keys_at(codes, tile * BN + tl.arange(0, BN), S)
     k_here = matrix(k, k_strides[2], tile * BN, keys[1], D, BN, BD, LAW)
     v_here = matrix(v, v_strides[2], tile * BN, keys[1], D, BN, BD, LAW)
     _, ds = pairs(mine, k_here, v_here, queries, keys, b, h, scale, per_pair, WINDOWED, LAW, False)
+    if WANTS_ROWS:
+        rows += tl.sum(ds, 1)
     if WANTS_SLOPE:
         distances += tl.sum(ds * tl.abs(queries[2][:, None] - keys[2][None, :]).to(tl.float32), 1)
     if LAW and per_pair[0] is not None:
         kept = (keys[3] == NEVER)[None, :]
         dq_sink = tl.dot(tl.where(kept, ds, 0.0).to(k_here.dtype), k_here, dq_sink, input_precision="ieee")
         ds = tl.where(kept, 0.0, ds)
-    return tl.dot(ds.to(k_here.dtype), k_here, dq, input_precision="ieee"), dq_sink, distances
+    return tl.dot(ds.to(k_here.dtype), k_here, dq, input_precision="ieee"), dq_sink, rows, distances
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -68,6 +71,7 @@ def of_queries(
     dq,
     dq_sink,
     dq_strides,
+    rows,
     distances,
     T,
     S0,
@@ -86,7 +90,7 @@ def of_queries(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """The gradient of BT queries of one head; `distances` [B, H, T]: the sum of their scores' gradients by distance."""
+    """The gradient of BT queries of one head; the sums of their scores' gradients [B, H, T], also by distance."""
     tiles = tl.cdiv(T, BT)
     pair = tl.program_id(0) % (tl.num_programs(0) // tiles)
     tile = tiles - 1 - tl.program_id(0) // (tl.num_programs(0) // tiles)
@@ -131,19 +135,19 @@ def of_queries(
         tl.load(at + 3),
         tl.load(at + 4),
     )
-    sums = tl.zeros((BT, BD), tl.float32)
-    state = (sums, sums if dq_sink is not None else tl.zeros((1,), tl.float32), tl.zeros((BT,), tl.float32))
+    sums, row_sums = tl.zeros((BT, BD), tl.float32), tl.zeros((BT,), tl.float32)
+    state = (sums, sums if dq_sink is not None else row_sums, row_sums, row_sums)
     for i in range(0, kept + full_low - low + high - full_high):
         j = tl.where(i < kept, i, i - kept + low)
         j = tl.where(j >= full_low, j + full_high - full_low, j)
         state = _visit_keys(
             state, j, mine, queries, main_here, codes, S, b, h, scale, per_pair, D, BN, BD, WINDOWED,
-            True, distances is not None,
+            True, rows is not None, distances is not None,
         )  # fmt: skip
     for j in range(full_low, full_high):
         state = _visit_keys(
             state, j, mine, queries, main_here, codes, S, b, h, scale, per_pair, D, BN, BD, WINDOWED,
-            False, distances is not None,
+            False, rows is not None, distances is not None,
         )  # fmt: skip
 
     d = tl.arange(0, BD)[None, :]
@@ -152,8 +156,11 @@ def of_queries(
     tl.store(dq + at, tl.where(there[:, None], state[0] * scale, 0.0).to(dq.dtype.element_ty), mask=inside)
     if dq_sink is not None:
         tl.store(dq_sink + at, tl.where(there[:, None], state[1] * scale, 0.0).to(dq.dtype.element_ty), mask=inside)
+    at = (b * H + h) * T + t
+    if rows is not None:
+        tl.store(rows + at, tl.where(there, state[2], 0.0), mask=t < T)
     if distances is not None:
-        tl.store(distances + (b * H + h) * T + t, tl.where(there, state[2], 0.0), mask=t < T)
+        tl.store(distances + at, tl.where(there, state[3], 0.0), mask=t < T)
 
 
 @triton.jit
