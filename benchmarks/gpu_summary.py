@@ -68,8 +68,8 @@ def _check(record: Record) -> str:
     cache = "an fp8" if record["packed"] else "a bf16"
     return (
         f"Check with {cache} cache: the logits of a stream through four layers are {record['error']:.2%} "
-        f"off those in fp32, those of plain bf16 operations {record['plain_error']:.2%}; {record['same_tokens']} tokens "
-        f"that the whole model generated are the likeliest ones without the recorded step too."
+        f"off those in fp32, those of plain bf16 operations {record['plain_error']:.2%}; "
+        f"{record['same_tokens']} tokens of the whole model are the likeliest ones without the recorded step too."
     )
 
 

@@ -16,6 +16,9 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], Iterator[dict[str, Any]]]] = {
     "prefill attention": lambda job: gpu_attention.prefill(),
     "flex": lambda job: gpu_attention.flex(),
     "model": lambda job: gpu_model.model(Path(job["checkpoint"])),
+    "warm model": lambda job: gpu_model.warm("plain"),
+    "warm packed": lambda job: gpu_model.warm("packed"),
+    "warm prompts": lambda job: gpu_model.warm("prompts"),
     "transformers": lambda job: gpu_model.transformers(Path(job["checkpoint"])),
 }
 

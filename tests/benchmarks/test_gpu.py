@@ -195,7 +195,9 @@ def pretended(worker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_run_keeps_what_its_sections_gave(pretended: Path, tmp_path: Path) -> None:
-    gpu.main(only="decode attention,model,transformers", checkpoint=None, scratch=tmp_path, minutes=1, save=True)
+    gpu.main(
+        only="decode attention,model,transformers", checkpoint=None, scratch=tmp_path, warm=False, minutes=1, save=True
+    )
     result = json.loads((pretended / "gpu.json").read_text())
     assert list(result["sections"]) == ["decode attention", "model", "transformers"]
     assert result["sections"]["model"] == [{"case": "model", "engine": "e", "written": True}]
@@ -205,8 +207,24 @@ def test_a_run_keeps_what_its_sections_gave(pretended: Path, tmp_path: Path) -> 
     assert not list(tmp_path.glob("longburn-20b-*"))
 
 
+def test_compilers_are_warmed_side_by_side(worker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker.write_text(
+        "import json, pathlib, sys, time\nname = json.load(sys.stdin)['section']\n"
+        f"pathlib.Path({str(tmp_path)!r}, name).touch()\ntime.sleep(600 * (name == 'flex'))"
+    )
+    monkeypatch.setattr(gpu, "WARM_SECONDS", 3)
+    assert 3 <= gpu.warm_up(["ceilings", "flex", "model"]) < 20
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "worker.py",
+        "flex",
+        "warm model",
+        "warm packed",
+        "warm prompts",
+    }
+
+
 def test_a_checkpoint_of_ones_own_is_not_written(pretended: Path, tmp_path: Path) -> None:
-    gpu.main(only="model", checkpoint=tmp_path / "own", scratch=None, minutes=1, save=True)
+    gpu.main(only="model", checkpoint=tmp_path / "own", scratch=None, warm=False, minutes=1, save=True)
     result = json.loads((pretended / "gpu.json").read_text())
     assert result["sections"]["model"] == [{"case": "model", "engine": "e", "written": False}]
     assert "written" not in result
@@ -214,13 +232,13 @@ def test_a_checkpoint_of_ones_own_is_not_written(pretended: Path, tmp_path: Path
 
 def test_a_writer_that_fails_is_told(pretended: Path, tmp_path: Path) -> None:
     gpu.WRITER.write_text("raise SystemExit(3)")
-    gpu.main(only="model", checkpoint=None, scratch=tmp_path, minutes=1, save=True)
+    gpu.main(only="model", checkpoint=None, scratch=tmp_path, warm=False, minutes=1, save=True)
     assert json.loads((pretended / "gpu.json").read_text())["cut"] == {"checkpoint": "writer.py failed with code 3"}
 
 
 def test_sections_that_do_not_exist(pretended: Path) -> None:
     with pytest.raises(typer.BadParameter, match="no section modle; there are ceilings, decode attention"):
-        gpu.main(only="modle", checkpoint=None, scratch=None, minutes=1, save=True)
+        gpu.main(only="modle", checkpoint=None, scratch=None, warm=False, minutes=1, save=True)
     assert not pretended.exists()
 
 
