@@ -210,6 +210,21 @@ def test_any_strides() -> None:
         assert_equal(prefill(replace(call, **changed, bias=terms)), dense(case, given))
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["known", "positions"])
+@pytest.mark.usefixtures("_small_tiles")
+def test_nan_of_a_query_that_is_there_is_not_hidden(known: bool) -> None:
+    case = Case("nan", after(10, 27), sinks=(0, 1))
+    call, given = of(case, known=known)
+    call.q[1, 2, 5] = float("nan")
+    out, lse = prefill(call)
+    assert out[1, 2, 5].isnan().all()
+    assert lse[1, 2, 5].isnan()
+    out[1, 2, 5], lse[1, 2, 5] = 0, 0
+    wanted = [x.clone() for x in dense(case, given)]
+    wanted[0][1, 2, 5], wanted[1][1, 2, 5] = 0, 0
+    assert_equal((out, lse), (wanted[0], wanted[1]))
+
+
 # --- which tiles are visited -----------------------------------------------------------------------------------------
 
 

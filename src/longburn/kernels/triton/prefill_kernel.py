@@ -290,7 +290,7 @@ def forward_kernel(
 
     acc, most, total = state
     # A query that sees nothing gives 0, and -inf or its sink. One without a token went through tiles for the others.
-    some = total > 0
+    some = total != 0  # NaN is something, and must be seen
     logs = tl.where(some, most / LOG2E + tl.log(total), float("-inf"))
     if not KNOWN:
         some = some & there
