@@ -10,7 +10,7 @@ from rich.table import Table
 
 def console() -> Console:
     """Standard output, wide enough for every table where it is not a terminal."""
-    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 180)
 
 
 @dataclass(frozen=True)
