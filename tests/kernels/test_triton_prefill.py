@@ -173,7 +173,7 @@ def split(call: AttendCall, S0: int) -> AttendCall:
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known", "positions"])
-@pytest.mark.parametrize("S0", [1, 16, 23, 40])
+@pytest.mark.parametrize("S0", [1, 23])
 @pytest.mark.parametrize(
     "case",
     [
