@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense import Case, after, call_of, dense, grid, inputs, ragged, ring, scattered
+from dense import Case, after, call_of, crossed, dense, grid, inputs, ragged, ring, scattered
 from torch import Tensor
 
 from longburn.kernels.attend import AttendCall, BiasTerms
@@ -31,8 +31,11 @@ LONG = [  # several splits, merged
     Case("window_of_a_long_cache", after(1000, 2), window=7, sink_tokens=3, sinks=(-9, 9), q_sink=True),
     Case("more_rows_than_a_tile", after(150, 16), H=12, K=1, window=90, sink_tokens=3, q_sink=True),
 ]
-# What the interpreter has time for; all of it runs on the GPU.
-SMALL = [*FEW[::5], *LONG]
+SMALL = [
+    *(case for case in FEW if case.name in ("sees_nothing", "no_token_at_all", "all_slots_empty", "bias_all")),
+    *crossed(1, 5, heads=((1, 1), (6, 2), (9, 3), (17, 1))),
+    *LONG,
+]
 
 
 @pytest.fixture(autouse=True)
@@ -218,6 +221,29 @@ def test_caches(name: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(out.double(), truth, atol=5e-6, rtol=5e-6)
     else:
         assert_as_good(out, low_precision(call), truth)
+
+
+@pytest.mark.parametrize("name", ["long_ring", "window_of_a_long_cache"])
+def test_the_second_query_where_slots_ascend(name: str) -> None:
+    """It is then multiplied with the first slots only."""
+    case = next(case for case in LONG if case.name == name)
+    given = inputs(case).to(torch.float32)
+    out, lse = computed(on_device(replace(call_of(case, given, known=False), ascending=True)))
+    wanted, wanted_lse = dense(case, given)
+    torch.testing.assert_close(out.cpu().double(), wanted, atol=5e-6, rtol=5e-6)
+    torch.testing.assert_close(lse.cpu().double(), wanted_lse, atol=5e-5, rtol=5e-5)
+
+
+@pytest.mark.parametrize("bias", ["key", "dense", None])
+def test_keys_before_a_known_window_are_not_read(bias: str | None) -> None:
+    case = Case("in_order", after(701, 3), window=50, bias=bias, sinks=(-9, 9))
+    given = inputs(case).to(torch.float32)
+    call = call_of(case, given)
+    first = (701 - 50 + 1) // module.ALIGNED * module.ALIGNED
+    for x in (call.k, call.v):
+        x[:, :, :first] = NAN
+    out, _ = computed(on_device(call))
+    torch.testing.assert_close(out.cpu().double(), dense(case, inputs(case).to(torch.float32))[0], atol=5e-6, rtol=5e-6)
 
 
 def without_spare_slots(call: AttendCall, slots: int) -> AttendCall:

@@ -155,6 +155,19 @@ def query_block(call: AttendCall, start: int, stop: int) -> AttendCall:
     return replace(call, q=call.q[:, :, rows], q_pos=call.q_pos[:, rows], q_sink=q_sink, bias=bias, known=None)
 
 
+def later_keys(call: AttendCall, start: int) -> AttendCall:
+    """The same call without the first `start` slots; nothing of it may lie elsewhere (`before`)."""
+    bias = call.bias
+    if bias is not None:
+        bias = bias._replace(
+            key=None if bias.key is None else bias.key[:, :, start:],
+            dense=None if bias.dense is None else bias.dense[..., start:],
+        )
+    scales = None if call.scales is None else (call.scales[0][:, :, start:], call.scales[1][:, :, start:])
+    k, v, k_pos = call.k[:, :, start:], call.v[:, :, start:], call.k_pos[:, start:]
+    return replace(call, k=k, v=v, k_pos=k_pos, bias=bias, scales=scales, known=None)
+
+
 def by_query_blocks(
     call: AttendCall, run: Callable[[AttendCall], AttendResult], *, elements: int = 1 << 25
 ) -> AttendResult:

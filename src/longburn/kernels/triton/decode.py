@@ -10,9 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from longburn.kernels.attend.call import AttendCall, AttendResult, BiasTerms
-from longburn.kernels.triton import overlaps
-from longburn.kernels.triton.arguments import FARTHEST
+from longburn.kernels.attend.call import AttendCall, AttendResult, BiasTerms, later_keys
+from longburn.kernels.triton.arguments import FARTHEST, ordered
 from longburn.kernels.triton.decode_kernel import decode_kernel
 from longburn.kernels.triton.launch import launch
 
@@ -22,6 +21,7 @@ MAX_SPLITS = 128
 ROUNDS = 8  # of one block on every multiprocessor, where fewer leave many of them idle
 LEAST_KEYS = 128  # of a split
 SCAN_FROM = 8  # times the window: from here on the positions are read first, to see which tiles to read
+ALIGNED = 16  # slots: a cut there leaves keys, positions and biases as aligned as they were
 MERGED = 8192  # elements of partial results that a block loads at once
 NO_BIAS = BiasTerms()
 
@@ -46,9 +46,13 @@ def decode_why_not(call: AttendCall) -> str | None:
 def decode(call: AttendCall) -> AttendResult:
     """Output `[B, H, T, D]` in the type of q and log-sum-exp `[B, H, T]` in fp32; one launch, no wait for the device.
 
+    It does not overlap with the kernels around it: while they still hold some of the multiprocessors, its blocks, one
+    for each, would gather on the others.
+
     How the keys are cut depends on B, K and H * T and on the row's own positions, so a row's bits depend on that row
     and on B alone; with `torch.use_deterministic_algorithms(True)` not on B either.
     """
+    call = _nearest(call)
     q, k, v, bias = call.q, call.k, call.v, call.bias or NO_BIAS
     B, H, T, D = q.shape
     K, S, DV = k.shape[1], k.shape[2], v.shape[3]
@@ -73,7 +77,6 @@ def decode(call: AttendCall) -> AttendResult:
         partial = torch.empty(B * heads * splits * rows * (block_dv + 2), dtype=torch.float32, device=q.device)
         counters = _counters(q.device, B * heads)
     window, lookahead = call.window, call.lookahead
-    overlap = overlaps(q.device)
     launch(
         decode_kernel,
         (splits, heads, B),
@@ -102,16 +105,25 @@ def decode(call: AttendCall) -> AttendResult:
             *(_strides(k_scale, 2), _strides(v_scale, 2), _strides(k_before, 3), _strides(v_before, 3)),
             *((_step(call.q_pos, 0), call.q_pos.stride(1)), (_step(call.k_pos, 0),)),
             *(D, DV, block_d, block_dv, rows, ways, keys, call.block, window is not None, lookahead is not None),
-            call.ascending and lookahead is not None,
+            call.ascending,
             bias.key is not None and bias.key.shape[1] > 1,
             window is not None and SCAN_FROM * (window + call.sink_tokens + T + tile) < S,
-            *(least, max(1, MERGED // (rows * block_dv)), overlap),
+            *(least, max(1, MERGED // (rows * block_dv))),
         ),
         num_warps=warps,
         num_stages=stages,
-        launch_pdl=overlap,
     )
     return out.transpose(1, 2), lse
+
+
+def _nearest(call: AttendCall) -> AttendCall:
+    """The call without the keys before its window, where the host knows their places."""
+    known = ordered(call)
+    if known is None or call.window is None or call.sink_tokens or call.before is not None:
+        return call
+    first = known.q_start - call.window + 1 + known.head - known.k_start
+    first = min(first, call.k.shape[2] - 1) // ALIGNED * ALIGNED
+    return later_keys(call, first) if first > 0 else call
 
 
 def _bias_strides(bias: BiasTerms) -> tuple[int, ...]:

@@ -98,11 +98,7 @@ def decode_kernel(
     SCAN: tl.constexpr,
     LEAST: tl.constexpr,  # tiles of a split
     TOGETHER: tl.constexpr,  # splits merged at once
-    OVERLAPS: tl.constexpr,  # this kernel may start while the one before it ends
 ):
-    if OVERLAPS:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     TILE: tl.constexpr = W * N
     split, tile, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row_tiles = tl.cdiv(G * T, M)
@@ -116,7 +112,7 @@ def decode_kernel(
     p = tl.where(real, tl.load(q_pos + b64 * q_pos_strides[0] + t * q_pos_strides[1]), -1)
 
     # --- how many slots the row can see, and this split's share of their tiles: by the row's own positions only ---
-    if ASCENDING:
+    if ASCENDING and BOUNDED:
         farthest = tl.max(tl.load(q_pos + b64 * q_pos_strides[0] + tl.arange(0, 16) % T * q_pos_strides[1]))
         end = farthest + 1 + lookahead
         if BLOCK > 1:
@@ -206,11 +202,22 @@ def decode_kernel(
                 others, sink_factor = _in_fp16(others, sink_factor)
         k_scales = k_scale + b64 * k_scale_strides[0] + head64 * k_scale_strides[1]
         v_scales = v_scale + b64 * v_scale_strides[0] + head64 * v_scale_strides[1]
+    k += b64 * k_strides[0] + head64 * k_strides[1]
+    v += b64 * v_strides[0] + head64 * v_strides[1]
+    if others is not None and ASCENDING:
+        # No slot holds a position below its index: the second query matters in the first slots only.
+        mixed = tl.minimum(tl.maximum(tl.cdiv(sink_tokens, TILE), first), last)
+        acc, mass, top = attend_tiles(
+            acc, mass, top, queries, others, p_row, since, until, slope_row, bias_row,
+            k, v, k_strides[2], v_strides[2], k_scales, v_scales, positions,
+            key_at, table_at, dense_at, key_by_slot, dense_by_slot, zero, entries, base, sink_tokens,
+            first, mixed - first, mixed, mixed, slots, factor, sink_factor, D, DV, BLOCK_D, BLOCK_DV, W, N, WINDOWED,
+        )  # fmt: skip
+        first, heads, low, high = mixed, 0, tl.maximum(low, mixed), tl.maximum(high, mixed)
+        others = None
     acc, mass, top = attend_tiles(
         acc, mass, top, queries, others, p_row, since, until, slope_row, bias_row,
-        k + b64 * k_strides[0] + head64 * k_strides[1],
-        v + b64 * v_strides[0] + head64 * v_strides[1],
-        k_strides[2], v_strides[2], k_scales, v_scales, positions,
+        k, v, k_strides[2], v_strides[2], k_scales, v_scales, positions,
         key_at, table_at, dense_at, key_by_slot, dense_by_slot, zero, entries, base, sink_tokens,
         first, heads, low, high, slots, factor, sink_factor, D, DV, BLOCK_D, BLOCK_DV, W, N, WINDOWED,
     )  # fmt: skip
