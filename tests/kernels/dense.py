@@ -5,11 +5,13 @@ sinks are one einsum, one softmax and one more column, in the precision that is 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
+from covering import pairwise
 from torch import Tensor
 
 from longburn.kernels.attend import AttendCall, BiasTerms, Known
@@ -40,7 +42,7 @@ class Case:
     sink_tokens: int = 0
     lookahead: int | None = 0
     block: int = 1
-    bias: str | None = None  # slope, key, row, table, dense, all
+    bias: str | None = None  # words of slope, key, row, table, dense; or all
     sinks: tuple[float, float] | None = None  # range of the learned logits
     q_sink: bool = False
     scale: float | None = None
@@ -97,16 +99,17 @@ def inputs(case: Case, seed: int = 0) -> Inputs:
     if case.sinks is not None:
         low, high = case.sinks
         sinks = low + (high - low) * torch.rand(H, generator=g, dtype=torch.float64)
+    words = ["slope", "key", "row", "table", "dense"] if case.bias == "all" else (case.bias or "").split()
     terms: dict[str, Tensor | int] = {}
-    if case.bias in ("slope", "all"):
+    if "slope" in words:
         terms["slope"] = 0.05 + 0.5 * torch.rand(H, generator=g, dtype=torch.float64)
-    if case.bias in ("key", "all"):
+    if "key" in words:
         terms["key"] = 2 * normal(B, H, S)
-    if case.bias in ("row", "all"):
+    if "row" in words:
         terms["row"] = 2 * normal(1, H, T)
-    if case.bias in ("table", "all"):
+    if "table" in words:
         terms |= {"table": 2 * normal(H, 7), "zero": 2}
-    if case.bias in ("dense", "all"):
+    if "dense" in words:
         terms["dense"] = 2 * normal(B, 1, T, S)
     return Inputs(q, k, v, q_sink, sinks, BiasTerms(**terms) if terms else None)
 
@@ -320,3 +323,38 @@ def grid() -> list[Case]:
             Case(f"relative {window} + {sink_tokens}, not known", scattered(2, 9, 31, seed=7), sinks=(0, 1), **both),
         ]
     return [replace(case, name=case.name.replace(" ", "_").replace(",", "")) for case in cases]
+
+
+HEADS = ((1, 1), (6, 2), (2, 2), (5, 1))
+
+
+def crossed(*queries: int, heads: Sequence[tuple[int, int]] = HEADS) -> list[Case]:
+    """Every two features together at least once, in calls of so many queries: small, and yet of several tiles of 16."""
+    orders: dict[str, Callable[[int], Positions]] = {
+        "after": lambda T: after(25, T, unwritten=3),
+        "past": lambda T: past_window(161, T, 9, 3),
+        "ring": lambda T: ring(161, T, 9, 3, T),
+        "ragged": lambda T: ragged([(22, T - T // 3, T // 3), (0, max(T // 2, 1), 0)], T, 24 + T),
+        "scattered": lambda T: scattered(2, T, 41, seed=1),
+    }
+    rows = {"after": 1, "past": 2, "ring": 1, "ragged": 2, "scattered": 2}
+    laws: dict[str, dict[str, Any]] = {
+        "causal": {},
+        "band": {"window": 7, "sink_tokens": 3},
+        "relative": {"window": 9, "sink_tokens": 18, "q_sink": True},
+        "two_sided": {"window": 6, "lookahead": 5},
+        "blocks": {"block": 8, "window": 20, "sink_tokens": 2},
+        "no_mask": {"lookahead": None},
+    }
+    biases = (None, "slope table", "key", "row dense")
+    sinks = (None, (-2.0, 2.0), (20.0, 30.0), (-30.0, -20.0))
+    return [
+        Case(
+            f"{order} {law} bias {bias} sinks {logits} H {H} K {K} D {D} T {T}".replace(" ", "_").replace(",", ""),
+            orders[order](T),
+            **{"B": rows[order], "H": H, "K": K, "D": D, "bias": bias, "sinks": logits, **laws[law]},
+        )
+        for order, law, bias, logits, (H, K), D, T in pairwise(
+            list(orders), list(laws), biases, sinks, heads, (32, 40, 80, 256), queries
+        )
+    ]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from dense import Case, Inputs, after, call_of, dense, from_zero, inputs, past_window, ragged, ring, scattered
+from dense import Case, Inputs, after, call_of, crossed, dense, from_zero, inputs, past_window, ragged, ring, scattered
 from test_attend_gradients import LARGER, leaves, with_tensors
 from torch import Tensor
 
@@ -23,9 +23,16 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 assert ON_GPU or triton_kernels.interprets(), "Triton was imported before TRITON_INTERPRET=1 was set"
 
 from longburn.kernels.triton import backward as backward_module  # noqa: E402
+from longburn.kernels.triton import bias_gradients  # noqa: E402
 from longburn.kernels.triton import prefill as prefill_module  # noqa: E402
 
 LAW = {"window": 7, "sink_tokens": 3}
+ODD_CASES = [
+    Case("one_query", after(30, 1), D=64),
+    Case("band_of_several_tiles", after(40, 19), H=2, K=1, window=40, sink_tokens=18, sinks=(-2, 2)),
+    Case("bias_all", scattered(2, 9, 31, seed=6), bias="all", sinks=(0, 1)),
+    Case("far_up", after(20, 17), sinks=(20, 30)),
+]
 SMALL_CASES = [
     *LARGER,
     Case("three_tiles", after(37, 41), H=6, K=2),
@@ -58,10 +65,14 @@ Function = Callable[[AttendCall], AttendResult]
 @pytest.fixture
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles even of the interpreter's small calls."""
-    size = {"num_warps": 4, "num_stages": 1}
-    monkeypatch.setattr(prefill_module, "_tile", lambda call: {"BM": 32, "BN": 16, **size})
-    monkeypatch.setattr(backward_module, "_tile_of_queries", lambda call: {"BT": 32, "BN": 16, **size})
-    monkeypatch.setattr(backward_module, "_tile_of_keys", lambda call: {"BT": 16, "BN": 32, **size})
+    size = {"BN": 16, "num_warps": 4, "num_stages": 1}
+    monkeypatch.setattr(prefill_module, "_tile", lambda call: {"BM": 64, **size})
+    for module, name in (
+        (backward_module, "_tile_of_queries"),
+        (backward_module, "_tile_of_keys"),
+        (bias_gradients, "_tile"),
+    ):
+        monkeypatch.setattr(module, name, lambda call: {"BT": 16, **size})
 
 
 def by_triton(call: AttendCall) -> AttendResult:
@@ -96,21 +107,36 @@ def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         )
 
 
-@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+def check_fp32(case: Case, *, lse: bool = False, known: bool = True) -> None:
+    given = inputs(case).to(torch.float32)
+    got = gradients(by_triton, case, given, lse=lse, known=known, device=DEVICE)
+    assert_equal(got, gradients(attend_reference, case, given, lse=lse))
+
+
+@pytest.mark.parametrize("case", crossed(19, heads=((1, 1), (4, 2), (3, 1))), ids=lambda case: case.name)
 @pytest.mark.usefixtures("_small_tiles")
 def test_equal_the_gradients_of_the_reference(case: Case) -> None:
-    given = inputs(case).to(torch.float32)
-    for lse in (False, True):
-        got = gradients(by_triton, case, given, lse=lse, known=lse, device=DEVICE)
-        assert_equal(got, gradients(attend_reference, case, given, lse=lse))
+    check_fp32(case, lse=True)
+
+
+@pytest.mark.parametrize("case", ODD_CASES, ids=lambda case: case.name)
+@pytest.mark.usefixtures("_small_tiles")
+def test_equal_the_gradients_of_the_reference_without_the_log_sum_exp(case: Case) -> None:
+    check_fp32(case)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("lse", [False, True], ids=["output", "both"])
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+@pytest.mark.usefixtures("_small_tiles")
+def test_equal_the_gradients_of_the_reference_in_small_tiles(case: Case, lse: bool) -> None:
+    check_fp32(case, lse=lse, known=lse)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("case", SMALL_CASES + HALF_CASES, ids=lambda case: case.name)
 def test_equal_the_gradients_of_the_reference_in_full_tiles(case: Case) -> None:
-    given = inputs(case).to(torch.float32)
-    got = gradients(by_triton, case, given, device=DEVICE)
-    assert_equal(got, gradients(attend_reference, case, given))
+    check_fp32(case)
 
 
 @pytest.mark.cuda
@@ -147,7 +173,7 @@ def test_first_slots_that_lie_elsewhere_have_gradients() -> None:
 
 def test_only_what_is_wanted_has_a_gradient() -> None:
     """Each input alone: the others stay without, and this one's bits do not depend on them."""
-    case = Case("all", scattered(2, 19, 41, seed=6), H=2, K=1, bias="all", sinks=(0, 1))
+    case = Case("all", scattered(1, 19, 41, seed=6), B=1, H=2, K=1, bias="all", sinks=(0, 1))
     given = inputs(case).to(torch.float32)
     together = gradients(by_triton, case, given, device=DEVICE)
 

@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from covering import every_pair
 from dense import (
     Case,
     Inputs,
     after,
     call_of,
+    crossed,
     dense,
     from_zero,
     grid,
@@ -42,11 +44,20 @@ from longburn.kernels.triton.ranges import known_ranges  # noqa: E402
 
 SMALL = {"BM": 16, "BN": 16, "num_warps": 4, "num_stages": 2}  # several tiles even of the interpreter's small calls
 LAW = {"window": 7, "sink_tokens": 3}
-SMALL_CASES = [
-    *(Case(f"head_size_{D}", after(24, 13), D=D) for D in (40, 64, 80)),
-    *(Case(f"H_{H}_K_{K}", after(8, 19), H=H, K=K) for H, K in ((1, 1), (6, 2), (6, 1), (9, 3))),
+ODD_CASES = [
     Case("one_key", from_zero(1)),
     Case("scale", after(5, 11), scale=0.7),
+    Case("bias_all_known", after(20, 17), bias="all", sinks=(0, 1)),
+    Case("left_only", from_zero(33), window=14, lookahead=None),
+    Case("sees_nothing", replace(after(0, 3), q=((5, 0, -1),), k=((6, 7, -1, 8, 9),), known=None), sinks=(0, 1)),
+    Case("no_token", replace(after(0, 3), q=((-1, -1),), k=((0, 1, 2),), known=None)),
+    Case("millions", ring(10_000_019, 3, 8, 4, 2), window=8, sink_tokens=4, bias="slope"),
+    Case("whole_tiles_within_a_band", after(60, 20), H=2, K=1, window=50, sink_tokens=18),
+]
+SMALL_CASES = [
+    *ODD_CASES,
+    *(Case(f"head_size_{D}", after(24, 13), D=D) for D in (40, 64, 80)),
+    *(Case(f"H_{H}_K_{K}", after(8, 19), H=H, K=K) for H, K in ((1, 1), (6, 2), (6, 1), (9, 3))),
     Case("three_tiles_after_a_past", after(57, 41, unwritten=5), H=2, K=1),
     Case("band", from_zero(90), H=2, K=1, **LAW),
     Case("band_past_it", past_window(161, 40, 19, 4), H=2, K=1, window=19, sink_tokens=4),
@@ -60,16 +71,11 @@ SMALL_CASES = [
     Case("sinks_far_up", after(10, 17), sinks=(20, 30)),
     Case("sinks_far_down", scattered(2, 9, 31, seed=5), sinks=(-30, -20)),
     *(Case(f"bias_{bias}", after(20, 17), bias=bias) for bias in ("slope", "key", "row", "table", "dense")),
-    Case("bias_all_known", after(20, 17), bias="all", sinks=(0, 1)),
     Case("bias_all_not_known", scattered(2, 19, 41, seed=6), bias="all", sinks=(0, 1), window=12),
     Case("no_mask", after(4, 39), lookahead=None),
     Case("two_sided", from_zero(53), window=14, lookahead=15),
-    Case("left_only", from_zero(53), window=14, lookahead=None),
     Case("blocks_of_4", from_zero(53), block=4),
     Case("blocks_of_24_not_known", scattered(2, 19, 71, seed=2), block=24, window=20, sink_tokens=2, sinks=(0, 1)),
-    Case("sees_nothing", replace(after(0, 3), q=((5, 0, -1),), k=((6, 7, -1, 8, 9),), known=None), sinks=(0, 1)),
-    Case("no_token", replace(after(0, 3), q=((-1, -1),), k=((0, 1, 2),), known=None)),
-    Case("millions", ring(10_000_019, 3, 8, 4, 2), window=8, sink_tokens=4, bias="slope"),
     Case("relative", past_window(161, 40, 19, 4), window=19, sink_tokens=4, q_sink=True, sinks=(0, 1)),
     Case("relative_ring", ring(61, 3, 30, 2, 2), window=30, sink_tokens=2, q_sink=True),
     Case("relative_not_known", scattered(2, 19, 71, seed=7), q_sink=True, **LAW),
@@ -125,24 +131,39 @@ def assert_equal(got: AttendResult, wanted: AttendResult, tolerance: float = 3e-
         torch.testing.assert_close(one.cpu().double(), other.cpu().double(), atol=allowed, rtol=allowed)
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["known", "positions"])
-@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
-@pytest.mark.usefixtures("_small_tiles")
-def test_equals_the_dense_answer(case: Case, known: bool) -> None:
-    if known and case.at.known is None:
-        return
+def check_fp32(case: Case, *, known: bool = True) -> None:
     call, given = of(case, known=known)
     got = prefill(call)
     assert got[0].dtype == torch.float32
     assert_equal(got, dense(case, given))
 
 
+@pytest.mark.parametrize("case", [*ODD_CASES, *crossed(19, 7)], ids=lambda case: case.name)
+@pytest.mark.usefixtures("_small_tiles")
+def test_equals_the_dense_answer(case: Case) -> None:
+    check_fp32(case)
+
+
+@pytest.mark.parametrize("case", [case for case in crossed(11) if case.name.startswith("past")], ids=lambda c: c.name)
+@pytest.mark.usefixtures("_small_tiles")
+def test_equals_the_dense_answer_by_the_positions_alone(case: Case) -> None:
+    check_fp32(case, known=False)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("known", [True, False], ids=["known", "positions"])
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+@pytest.mark.usefixtures("_small_tiles")
+def test_equals_the_dense_answer_in_small_tiles(case: Case, known: bool) -> None:
+    if not known or case.at.known is not None:
+        check_fp32(case, known=known)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("known", [True, False], ids=["known", "positions"])
 @pytest.mark.parametrize("case", LARGE_CASES, ids=lambda case: case.name)
 def test_equals_the_dense_answer_over_the_whole_grid(case: Case, known: bool) -> None:
-    call, given = of(case, known=known)
-    assert_equal(prefill(call), dense(case, given))
+    check_fp32(case, known=known)
 
 
 @pytest.mark.cuda
@@ -172,17 +193,14 @@ def split(call: AttendCall, S0: int) -> AttendCall:
     return replace(call, before=before, k=call.k[:, :, S0:], v=call.v[:, :, S0:])
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["known", "positions"])
-@pytest.mark.parametrize("S0", [1, 23])
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case("full", after(31, 34), bias="all", sinks=(0, 1)),
-        Case("band", past_window(161, 40, 39, 4), window=39, sink_tokens=4, q_sink=True),
-        Case("ring", ring(161, 40, 39, 4, 40), window=39, sink_tokens=4),
-    ],
-    ids=lambda case: case.name,
-)
+IN_TWO_PARTS = [
+    Case("full", after(31, 18), bias="all", sinks=(0, 1)),
+    Case("band", past_window(161, 22, 19, 4), window=19, sink_tokens=4, q_sink=True),
+    Case("ring", ring(161, 18, 19, 4, 18), window=19, sink_tokens=4),
+]
+
+
+@pytest.mark.parametrize(("case", "S0", "known"), every_pair(IN_TWO_PARTS, [1, 23], [True, False]))
 @pytest.mark.usefixtures("_small_tiles")
 def test_first_slots_may_lie_elsewhere(case: Case, S0: int, known: bool) -> None:
     call, given = of(case, known=known)
@@ -271,7 +289,9 @@ BANDS = [
 
 
 @pytest.mark.parametrize("source", [from_host, ranges.of_queries], ids=["known", "positions"])
-@pytest.mark.parametrize("case", [*BANDS, Case("ring", ring(461, 40, 90, 3, 41), window=90, sink_tokens=3)], ids=str)
+@pytest.mark.parametrize(
+    "case", [*BANDS, Case("ring", ring(461, 40, 90, 3, 41), window=90, sink_tokens=3)], ids=lambda case: case.name
+)
 def test_tiles_outside_the_band_are_never_visited(case: Case, source: Callable[[AttendCall, int, int], Tensor]) -> None:
     """Every tile with a pair that is seen is visited, no other one, and those without masks are seen entirely.
 
