@@ -31,10 +31,18 @@ LONG = [  # several splits, merged
     Case("window_of_a_long_cache", after(1000, 2), window=7, sink_tokens=3, sinks=(-9, 9), q_sink=True),
     Case("more_rows_than_a_tile", after(150, 16), H=12, K=1, window=90, sink_tokens=3, q_sink=True),
 ]
+SPLIT = [  # the same for the interpreter
+    Case("splits_merged_one_after_the_other", after(400, 1, unwritten=40), B=1, D=256, H=4),
+    Case("rows_of_two_splits", ragged([(290, 2, 0), (0, 3, 1), (130, 0, 0)], 4, 320), B=3, H=3, K=1, sinks=(-9, 9)),
+    Case("ring_of_two_splits", ring(5000, 3, 280, 4, 6), H=2, K=1, window=280, sink_tokens=4, q_sink=True, bias="key"),
+    Case("scattered_splits", scattered(2, 5, 300, seed=9), H=3, K=1, window=150, sink_tokens=40, bias="all"),
+    Case("window_of_a_cache", after(600, 2), H=2, K=1, window=7, sink_tokens=3, sinks=(-9, 9), q_sink=True),
+]
 SMALL = [
-    *(case for case in FEW if case.name in ("sees_nothing", "no_token_at_all", "all_slots_empty", "bias_all")),
+    *(case for case in FEW if case.name in ("sees_nothing", "no_token_at_all", "all_slots_empty", "T_16")),
+    *(case for case in FEW if case.name in ("positions_in_the_millions", "a_scale_of_its_own")),
     *crossed(1, 5, heads=((1, 1), (6, 2), (9, 3), (17, 1))),
-    *LONG,
+    *SPLIT,
 ]
 
 
@@ -94,7 +102,7 @@ def test_equals_the_dense_answer(case: Case) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*FEW, *LONG], ids=lambda case: case.name)
 def test_equals_the_dense_answer_on_the_gpu(case: Case) -> None:
     check_fp32(case)
 
@@ -253,21 +261,25 @@ def without_spare_slots(call: AttendCall, slots: int) -> AttendCall:
     return replace(call, k=call.k[:, :, :slots], v=call.v[:, :, :slots], k_pos=call.k_pos[:, :slots], bias=bias)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "slots"), [([301, 130], 700), pytest.param([701, 130], 2000, marks=pytest.mark.cuda)], ids=str
+)
 @pytest.mark.parametrize("law", [{}, {"window": 31, "sink_tokens": 2}], ids=["all", "window"])
-def test_bits_do_not_depend_on_the_capacity(law: dict[str, Any]) -> None:
+def test_bits_do_not_depend_on_the_capacity(law: dict[str, Any], lengths: list[int], slots: int) -> None:
     """A graph sees the whole capacity, an eager call what is filled."""
-    call = cached([701, 130], slots=2000, **law)
+    call = cached(lengths, slots=slots, H=4, K=1, **law)
     out, lse = computed(call)
-    for slots in (701, 900):
-        again, again_lse = computed(without_spare_slots(call, slots))
+    for filled in (max(lengths), max(lengths) + 199):
+        again, again_lse = computed(without_spare_slots(call, filled))
         assert torch.equal(out, again)
         assert torch.equal(lse, again_lse)
 
 
+@pytest.mark.parametrize("lengths", [[300, 256, 90], pytest.param([700, 512, 90], marks=pytest.mark.cuda)], ids=str)
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_bits_of_a_row_and_its_batch_mates(deterministic: bool) -> None:
+def test_bits_of_a_row_and_its_batch_mates(deterministic: bool, lengths: list[int]) -> None:
     """A row's bits depend on no other row; in deterministic mode not on how many there are either."""
-    call = cached([700, 512, 90], slots=720)
+    call = cached(lengths, slots=lengths[0] + 20, H=4, K=1)
 
     def row(call: AttendCall, b: int) -> AttendCall:
         one = slice(b, b + 1)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from compute import compute
+from covering import every_pair
 from torch import Tensor
 
 from longburn import ImplError, use_impl
@@ -224,9 +225,7 @@ def slots_of(sinks: int, ring: int | None, rows: list[list[int]]) -> Iterator[tu
                 yield b, t, p, p if ring is None or p < sinks else sinks + (p - sinks) % ring
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("case", APPENDS)
-@pytest.mark.parametrize(("heads", "turned"), [(0, False), (0, True), (6, False), (6, True)])
+@pytest.mark.parametrize(("case", "heads", "turned", "dtype"), every_pair(list(APPENDS), [0, 6], [False, True], TYPES))
 def test_append(case: str, heads: int, turned: bool, dtype: torch.dtype) -> None:
     sinks, ring, slots, rows = APPENDS[case]
     B, K, T, D, R = 2, 3, len(rows[0]), 20, 12
