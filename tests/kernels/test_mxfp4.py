@@ -52,9 +52,9 @@ def as_dequantized(weight: Mxfp4, dtype: torch.dtype, impl: str) -> Tensor:
     return compute(kernels.DEQUANTIZE, impl, kernels.DequantizeCall(weight, dtype))
 
 
-@pytest.fixture(autouse=True, params=[impl.name for impl in kernels.QUANTIZE.impls])
-def quantiser(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test of `quantize` is one of each of its implementations, where that takes the type."""
+@pytest.fixture(params=[impl.name for impl in kernels.QUANTIZE.impls])
+def _quantiser(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test of `quantize` is one of each of its implementations, where that takes the type."""
 
     impls = kernels.QUANTIZE.impls
 
@@ -128,6 +128,7 @@ def by_hand(row: list[float]) -> tuple[list[int], int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("_quantiser")
 def test_quantize_takes_the_nearest_number(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(1)
     grid = torch.arange(-32, 32) / 4.0  # every tie, every number, and beyond the largest
@@ -144,6 +145,7 @@ def test_quantize_takes_the_nearest_number(dtype: torch.dtype) -> None:
         assert (code, scale) == by_hand(row)
 
 
+@pytest.mark.usefixtures("_quantiser")
 def test_round_trip_keeps_every_value() -> None:
     """Also of bytes that no quantiser would write: sub-maximal blocks, minus zero, the smallest scales."""
     weight = small_blocks_too()
@@ -152,6 +154,7 @@ def test_round_trip_keeps_every_value() -> None:
         assert same_bits(dequantize(quantize(values), dtype), values)
 
 
+@pytest.mark.usefixtures("_quantiser")
 def test_round_trip_keeps_the_quantisers_own_bytes() -> None:
     g = torch.Generator().manual_seed(2)
     x = torch.randn(200, 160, generator=g) * 2.0 ** torch.randint(-140, 120, (200, 1), generator=g)
@@ -163,6 +166,7 @@ def test_round_trip_keeps_the_quantisers_own_bytes() -> None:
         assert torch.equal(again.scales, weight.scales)
 
 
+@pytest.mark.usefixtures("_quantiser")
 def test_scales_give_any_bytes_back() -> None:
     weight = small_blocks_too()
     plain = quantize(dequantize(weight))
@@ -172,6 +176,7 @@ def test_scales_give_any_bytes_back() -> None:
     assert torch.equal(same.scales, weight.scales)
 
 
+@pytest.mark.usefixtures("_quantiser")
 def test_scales_that_do_not_fit_are_not_used() -> None:
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(3))
     plain = quantize(x)
@@ -181,6 +186,7 @@ def test_scales_that_do_not_fit_are_not_used() -> None:
         assert torch.equal(wished.scales, plain.scales)
 
 
+@pytest.mark.usefixtures("_quantiser")
 def test_bytes_are_canonical_if_the_largest_number_is_4_or_6() -> None:
     """What the docstring says of whose bytes come back."""
     weight = random_weight(4000, 3, seed=5)
@@ -200,11 +206,13 @@ def test_bytes_are_canonical_if_the_largest_number_is_4_or_6() -> None:
         (torch.tensor([[math.inf] * 32, [0.0] * 32]), "1 blocks hold NaN or infinite values"),
     ],
 )
+@pytest.mark.usefixtures("_quantiser")
 def test_what_cannot_be_quantized(tensor: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         quantize(tensor)
 
 
+@pytest.mark.usefixtures("_quantiser")
 def test_parts_that_do_not_belong_together() -> None:
     blocks, scales = random_weight(3, 2)
     for wrong in (Mxfp4(blocks, scales[:2]), Mxfp4(blocks[..., :8], scales), Mxfp4(blocks.int(), scales)):
