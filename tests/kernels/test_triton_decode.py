@@ -130,12 +130,13 @@ def cached(
     K: int = 2,
     D: int = 64,
     before: int = 0,
+    ahead: int = 0,
     fp8: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     **law: Any,
 ) -> AttendCall:
-    """T queries at the end of each row of a cache with room for more; unused slots hold NaN."""
+    """T queries at the end of each row of a cache with room for more, or `ahead` before it; unused slots hold NaN."""
     g = torch.Generator().manual_seed(seed)
     B = len(lengths)
     k, v = (torch.randn(B, K, slots + 1, D, generator=g) for _ in range(2))
@@ -143,7 +144,7 @@ def cached(
     for row, n in enumerate(lengths):
         k_pos[row, n:] = -1
         k[row, :, n:] = v[row, :, n:] = NAN
-        q_pos[row] = torch.arange(n - T, n) + before
+        q_pos[row] = torch.arange(n - T, n) + before - ahead
     scales = None
     if fp8:
         scales = tuple((x.abs().amax(-1) / 448)[:, :, :slots] for x in (k, v))
@@ -210,7 +211,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "fp8": {"lengths": [331, 20], "slots": 400, "fp8": True},
     "fp8_kept_elsewhere": {"lengths": [331, 20], "slots": 400, "T": 2, "before": 4, "fp8": True, "sink_tokens": 4},
     "window_of_a_long_cache": {"lengths": [1500, 90], "slots": 1600, "window": 30, "sink_tokens": 2},
-    "blocks": {"lengths": [333, 40], "slots": 400, "T": 2, "block": 12},
+    "blocks": {"lengths": [333, 40], "slots": 400, "T": 2, "ahead": 3, "block": 12},
 }
 ON_GPU = [torch.float32, *HALF] if DEVICE == "cuda" else [torch.float32]
 

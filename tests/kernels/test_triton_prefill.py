@@ -52,6 +52,7 @@ ODD_CASES = [
     Case("sees_nothing", replace(after(0, 3), q=((5, 0, -1),), k=((6, 7, -1, 8, 9),), known=None), sinks=(0, 1)),
     Case("no_token", replace(after(0, 3), q=((-1, -1),), k=((0, 1, 2),), known=None)),
     Case("millions", ring(10_000_019, 3, 8, 4, 2), window=8, sink_tokens=4, bias="slope"),
+    Case("whole_tiles_up_to_empty_slots", after(29, 19, unwritten=3), D=40, H=1, K=1, lookahead=None),
     Case("whole_tiles_within_a_band", after(60, 20), H=2, K=1, window=50, sink_tokens=18),
 ]
 SMALL_CASES = [
