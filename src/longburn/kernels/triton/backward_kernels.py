@@ -101,25 +101,9 @@ def of_queries(
     queries = queries_at(q_pos, t, T, base, window, lookahead, BLOCK, BOUNDED)
     there = queries[1]
     mine = query_tile(
-        heads[0],
-        heads[1],
-        heads[2],
-        head_strides,
-        numbers,
-        row,
-        row_strides,
-        b,
-        h,
-        H,
-        T,
-        tile * BT,
-        t,
-        there,
-        D,
-        BT,
-        BD,
-        True,
-    )
+        heads[0], heads[1], heads[2], head_strides, numbers, row, row_strides, b, h, H, T, tile * BT, t, there, D, BT,
+        BD, True,
+    )  # fmt: skip
     k, v, k_strides, v_strides = main
     k += b * k_strides[0] + (h // G) * k_strides[1]
     v += b * v_strides[0] + (h // G) * v_strides[1]
@@ -128,13 +112,8 @@ def of_queries(
     codes += b * codes_stride
 
     at = ranges + b * ranges_stride + tile * NUMBERS
-    kept, low, full_low, full_high, high = (
-        tl.load(at),
-        tl.load(at + 1),
-        tl.load(at + 2),
-        tl.load(at + 3),
-        tl.load(at + 4),
-    )
+    kept, low, full_low = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    full_high, high = tl.load(at + 3), tl.load(at + 4)
     sums, row_sums = tl.zeros((BT, BD), tl.float32), tl.zeros((BT,), tl.float32)
     state = (sums, sums if dq_sink is not None else row_sums, row_sums, row_sums)
     for i in range(0, kept + full_low - low + high - full_high):
@@ -199,25 +178,9 @@ def _visit_queries(
     t = tile * BT + tl.arange(0, BT)
     queries = queries_at(q_pos, t, T, base, window, lookahead, BLOCK, BOUNDED)
     mine = query_tile(
-        heads[0],
-        heads[1],
-        heads[2],
-        head_strides,
-        numbers,
-        row,
-        row_strides,
-        b,
-        h,
-        H,
-        T,
-        tile * BT,
-        t,
-        queries[1],
-        D,
-        BT,
-        BD,
-        LAW,
-    )
+        heads[0], heads[1], heads[2], head_strides, numbers, row, row_strides, b, h, H, T, tile * BT, t, queries[1], D,
+        BT, BD, LAW,
+    )  # fmt: skip
     weights, ds = pairs(mine, k, v, queries, keys, b, h, scale, per_pair, WINDOWED, LAW, True)
     dv = tl.dot(weights.to(k.dtype), mine[2], dv, input_precision="ieee")
     if WANTS_KEY:

@@ -18,53 +18,18 @@ BINS = 128  # entries of a table that one program adds up
 
 @triton.jit
 def _gradients(
-    heads,
-    head_strides,
-    numbers,
-    main,
-    queries,
-    keys,
-    row,
-    row_strides,
-    b,
-    h,
-    H,
-    T,
-    first,
-    column,
-    scale,
-    per_pair,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    BT: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    WINDOWED: tl.constexpr,
-):
+    given, queries, keys, b, h, first, column, G: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
     """The gradients of the scores of one tile of pairs, `[BT, BN]`, 0 where nothing is seen."""
+    heads, head_strides, numbers, main, row, row_strides, H, T, scale, per_pair = given
     k, v, k_strides, v_strides = main
     k += b * k_strides[0] + (h // G) * k_strides[1]
     v += b * v_strides[0] + (h // G) * v_strides[1]
     mine = query_tile(
-        heads[0],
-        heads[1],
-        heads[2],
-        head_strides,
-        numbers,
-        row,
-        row_strides,
-        b,
-        h,
-        H,
-        T,
-        first,
-        queries[0],
-        queries[1],
-        D,
-        BT,
-        BD,
-        True,
-    )
+        heads[0], heads[1], heads[2], head_strides, numbers, row, row_strides, b, h, H, T, first, queries[0],
+        queries[1], D, BT, BD, True,
+    )  # fmt: skip
     k_here = matrix(k, k_strides[2], column, keys[1], D, BN, BD, True)
     v_here = matrix(v, v_strides[2], column, keys[1], D, BN, BD, True)
     _, ds = pairs(mine, k_here, v_here, queries, keys, b, h, scale, per_pair, WINDOWED, True, False)
@@ -78,44 +43,11 @@ def _seen(queries, keys, WINDOWED: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def _table(
-    heads,
-    head_strides,
-    numbers,
-    main,
-    q_pos,
-    q_pos_stride,
-    newest,
-    newest_stride,
-    codes,
-    codes_stride,
-    ranges,
-    ranges_stride,
-    slope,
-    row,
-    row_strides,
-    bias,
-    bias_strides,
-    zero,
-    entries,
-    dtable,
-    T,
-    S0,
-    S,
-    window,
-    sink_tokens,
-    lookahead,
-    scale,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    BT: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BINS: tl.constexpr,
-):
+    heads, head_strides, numbers, main, q_pos, q_pos_stride, newest, newest_stride, codes, codes_stride, ranges,
+    ranges_stride, slope, row, row_strides, bias, bias_strides, zero, entries, dtable, T, S0, S, window, sink_tokens,
+    lookahead, scale, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, WINDOWED: tl.constexpr,
+    BOUNDED: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
     """dtable [B, H, tiles of BT queries, entries]: each entry's sum over the pairs at its distance."""
     tiles = tl.cdiv(T, BT)
     pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -127,6 +59,7 @@ def _table(
     base = tl.load(newest + b * newest_stride)
     queries = queries_at(q_pos, t, T, base, window, lookahead, BLOCK, BOUNDED)
     per_pair = (heads[1], slope, row, bias, bias_strides, zero, entries)
+    given = (heads, head_strides, numbers, main, row, row_strides, H, T, scale, per_pair)
     bins = entry0 + tl.arange(0, BINS)
     sums = tl.zeros((BINS,), tl.float32)
     at = ranges + b * ranges_stride + tile * NUMBERS
@@ -139,10 +72,7 @@ def _table(
         first = tl.min(tl.min(tl.where(mine, entry, entry0 + BINS), 1), 0)
         last = tl.max(tl.max(tl.where(mine, entry, entry0 - 1), 1), 0)
         if first <= last:
-            ds = _gradients(
-                heads, head_strides, numbers, main, queries, keys, row, row_strides, b, h, H, T, tile * BT, column,
-                scale, per_pair, G, D, BT, BN, BD, WINDOWED,
-            )  # fmt: skip
+            ds = _gradients(given, queries, keys, b, h, tile * BT, column, G, D, BT, BN, BD, WINDOWED)
             for one in range(first, last + 1):
                 total = tl.sum(tl.sum(tl.where(entry == one, ds, 0.0), 1), 0)
                 sums += tl.where(bins == one, total, 0.0)
@@ -151,49 +81,18 @@ def _table(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def _dense(
-    heads,
-    head_strides,
-    numbers,
-    main,
-    q_pos,
-    q_pos_stride,
-    newest,
-    newest_stride,
-    codes,
-    codes_stride,
-    slope,
-    row,
-    row_strides,
-    bias,
-    bias_strides,
-    zero,
-    entries,
-    ddense,
-    batches,
-    heads_each,
-    T,
-    S0,
-    S,
-    window,
-    sink_tokens,
-    lookahead,
-    scale,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    BT: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-):
+    heads, head_strides, numbers, main, q_pos, q_pos_stride, newest, newest_stride, codes, codes_stride, slope, row,
+    row_strides, bias, bias_strides, zero, entries, ddense, batches, heads_each, T, S0, S, window, sink_tokens,
+    lookahead, scale, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, WINDOWED: tl.constexpr,
+    BOUNDED: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """One tile of ddense [B|1, H|1, T, S]: the sum over the batch rows and the heads that share it."""
     shared_heads = H // heads_each
     b0, h0 = tl.program_id(2) // shared_heads * batches, tl.program_id(2) % shared_heads * heads_each
     first, column = tl.program_id(1) * BT, tl.program_id(0) * BN
     t = first + tl.arange(0, BT)
     per_pair = (heads[1], slope, row, bias, bias_strides, zero, entries)
+    given = (heads, head_strides, numbers, main, row, row_strides, H, T, scale, per_pair)
     total = tl.zeros((BT, BN), tl.float32)
     for i in range(0, batches * heads_each):
         b, h = (b0 + i // heads_each).to(tl.int64), (h0 + i % heads_each).to(tl.int64)
@@ -202,10 +101,7 @@ def _dense(
         queries = queries_at(positions, t, T, base, window, lookahead, BLOCK, BOUNDED)
         keys = keys_at(codes + b * codes_stride, column + tl.arange(0, BN), S)
         if tl.max(tl.max(_seen(queries, keys, WINDOWED).to(tl.int32), 1), 0) > 0:
-            total += _gradients(
-                heads, head_strides, numbers, main, queries, keys, row, row_strides, b, h, H, T, first, column,
-                scale, per_pair, G, D, BT, BN, BD, WINDOWED,
-            )  # fmt: skip
+            total += _gradients(given, queries, keys, b, h, first, column, G, D, BT, BN, BD, WINDOWED)
     columns = column + tl.arange(0, BN)
     at = (tl.program_id(2).to(tl.int64) * T + t)[:, None] * S + columns[None, :]
     tl.store(ddense + at, total.to(ddense.dtype.element_ty), mask=(t < T)[:, None] & (columns < S)[None, :])

@@ -33,25 +33,11 @@ _UNSPECIALISED = [
 
 @triton.jit
 def _visit(
-    state,
-    tile,
-    queries,
-    rows,
-    main,
-    before,
-    keys,
-    scale,
-    per_pair,
-    D: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    KNOWN: tl.constexpr,
-    LAW: tl.constexpr,
-    KEPT: tl.constexpr,
-):
+    state, tile, given, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, WINDOWED: tl.constexpr,
+    KNOWN: tl.constexpr, LAW: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
     """The running softmax after one more tile. LAW: some pairs are not seen. KEPT: the second query has some keys."""
-    q, q_sink = queries
+    q, q_sink, scale, rows, keys, main, before, per_pair = given
     bias, bias_strides, zero, entries = per_pair
     b, h, t, there, p, first, last, slope, row = rows
     k, v, k_strides, v_strides = main
@@ -214,79 +200,28 @@ def forward_kernel(
     if row is not None:
         row += b * row_strides[0] + h * row_strides[1] + t
         row = tl.load(row, mask=there, other=0).to(tl.float32)[:, None] * LOG2E
-    queries, main = (query, q_sink), (k_at, v_at, k_strides, v_strides)
-    before = (before_k, before_v, before_k_strides, before_v_strides)
-    per_row = (b, h, t, there, p, first, last, slope, row)
     if codes is not None:
         codes += b * codes_stride
+    per_row = (b, h, t, there, p, first, last, slope, row)
     per_key = (codes, S0 + S, S0, S, columns, sink_tokens, head, q_base, k_shift)
-    per_pair = (bias, bias_strides, zero, entries)
+    main = (k_at, v_at, k_strides, v_strides)
+    before = (before_k, before_v, before_k_strides, before_v_strides)
+    given = (query, q_sink, scale, per_row, per_key, main, before, (bias, bias_strides, zero, entries))
 
     edges = full_low - low + high - full_high
     if q_sink is None:
         edges += kept
     else:
         for tile in range(0, kept):
-            state = _visit(
-                state,
-                tile,
-                queries,
-                per_row,
-                main,
-                before,
-                per_key,
-                scale,
-                per_pair,
-                D,
-                BN,
-                BD,
-                WINDOWED,
-                KNOWN,
-                True,
-                True,
-            )
+            state = _visit(state, tile, given, D, BN, BD, WINDOWED, KNOWN, True, True)
     for i in range(0, edges):
         tile = low + i
         if q_sink is None:
             tile = tl.where(i < kept, i, tile - kept)
         tile = tl.where(tile >= full_low, tile + full_high - full_low, tile)
-        state = _visit(
-            state,
-            tile,
-            queries,
-            per_row,
-            main,
-            before,
-            per_key,
-            scale,
-            per_pair,
-            D,
-            BN,
-            BD,
-            WINDOWED,
-            KNOWN,
-            True,
-            False,
-        )
+        state = _visit(state, tile, given, D, BN, BD, WINDOWED, KNOWN, True, False)
     for tile in range(full_low, full_high):
-        state = _visit(
-            state,
-            tile,
-            queries,
-            per_row,
-            main,
-            before,
-            per_key,
-            scale,
-            per_pair,
-            D,
-            BN,
-            BD,
-            WINDOWED,
-            KNOWN,
-            False,
-            False,
-        )
+        state = _visit(state, tile, given, D, BN, BD, WINDOWED, KNOWN, False, False)
 
     acc, most, total = state
     # A query that sees nothing gives 0, and -inf or its sink. One without a token went through tiles for the others.
