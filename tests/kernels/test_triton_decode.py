@@ -40,7 +40,7 @@ SPLIT = [  # the same for the interpreter
 ]
 SMALL = [
     *(case for case in FEW if case.name in ("sees_nothing", "no_token_at_all", "all_slots_empty", "T_16")),
-    *(case for case in FEW if case.name in ("positions_in_the_millions", "a_scale_of_its_own")),
+    *(case for case in FEW if case.name in ("positions_in_the_millions", "a_scale_of_its_own", "sinks_(20.0_30.0)")),
     *crossed(1, 5, heads=((1, 1), (6, 2), (9, 3), (17, 1))),
     *SPLIT,
 ]

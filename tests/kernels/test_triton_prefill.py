@@ -47,6 +47,7 @@ LAW = {"window": 7, "sink_tokens": 3}
 ODD_CASES = [
     Case("one_key", from_zero(1)),
     Case("scale", after(5, 11), scale=0.7),
+    Case("sinks_far_up", after(10, 17), sinks=(20, 30)),
     Case("bias_all_known", after(20, 17), bias="all", sinks=(0, 1)),
     Case("left_only", from_zero(33), window=14, lookahead=None),
     Case("sees_nothing", replace(after(0, 3), q=((5, 0, -1),), k=((6, 7, -1, 8, 9),), known=None), sinks=(0, 1)),
@@ -69,7 +70,6 @@ SMALL_CASES = [
     Case("ragged_without_window", ragged([(20, 23, 0), (0, 15, 9), (3, 20, 4)], 24, 47), B=3, sinks=(-1, 1)),
     Case("not_known", scattered(2, 19, 71, seed=1), **LAW),
     Case("sinks", after(10, 27), sinks=(-2, 2)),
-    Case("sinks_far_up", after(10, 17), sinks=(20, 30)),
     Case("sinks_far_down", scattered(2, 9, 31, seed=5), sinks=(-30, -20)),
     *(Case(f"bias_{bias}", after(20, 17), bias=bias) for bias in ("slope", "key", "row", "table", "dense")),
     Case("bias_all_not_known", scattered(2, 19, 41, seed=6), bias="all", sinks=(0, 1), window=12),
