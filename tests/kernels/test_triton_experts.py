@@ -1,6 +1,7 @@
 """Experts, routing and unpacking on the GPU, in Triton's interpreter at small sizes and on the device at large ones."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +15,30 @@ from longburn.kernels import experts as kernels
 from longburn.kernels import route as routing
 from longburn.kernels.experts import ExpertsCall
 from longburn.kernels.mxfp4 import DEQUANTIZE, DequantizeCall, Mxfp4, dequantize, quantize
+from longburn.kernels.registry import Operation
 from longburn.kernels.route import RouteCall
 
 cuda = pytest.mark.cuda
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 # N, M, I, E, k: odd N, M != I, E no power of two, rows that end within a tile, more choices than one program sorts.
 SMALL = [(1, 32, 96, 5, 4), (3, 160, 64, 5, 4), (7, 96, 32, 3, 3), (4, 64, 544, 7, 1), (0, 64, 32, 4, 2)]
 MANY = (150, 64, 32, 3, 2)
+
+
+def moved(x: Any, device: str) -> Any:
+    """Tensors, and the tuples that hold them, on another device."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, tuple):
+        parts = [moved(part, device) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    return x
+
+
+def computed(operation: Operation[Any, Any], call: Any) -> Any:
+    """What Triton makes of the call: on a GPU where there is one, else in the interpreter."""
+    return moved(compute(operation, "triton", moved(call, DEVICE)), "cpu")
 
 
 def with_residual(given: Case, seed: int = 0) -> ExpertsCall:
@@ -32,7 +50,7 @@ def with_residual(given: Case, seed: int = 0) -> ExpertsCall:
 def test_small(sizes: tuple[int, ...], dtype: torch.dtype, packed: bool) -> None:
     given = case(*sizes, dtype, packed=packed)
     call = with_residual(given)
-    got = compute(kernels.OPERATION, "triton", call)
+    got = computed(kernels.OPERATION, call)
     assert (got.shape, got.dtype) == (given.x.shape, dtype)
     assert_close(got, oracle(given) + call.residual.double())
 
@@ -46,13 +64,13 @@ def test_one_expert_for_all_and_others_for_nobody(dtype: torch.dtype) -> None:
     idle = torch.tensor([2, 3, 5])
     given.gate_up.scales[idle] = given.down.scales[idle] = 255
     given.gate_up_bias[idle] = given.down_bias[idle] = math.nan
-    assert_close(compute(kernels.OPERATION, "triton", given.call), wanted)
+    assert_close(computed(kernels.OPERATION, given.call), wanted)
 
 
 def test_an_expert_twice_in_one_token() -> None:
     given = case(3, 64, 32, 4, 3, packed=True)
     given.chosen = torch.tensor([[1, 1, 1], [2, 0, 2], [3, 3, 1]])
-    assert_close(compute(kernels.OPERATION, "triton", given.call), oracle(given))
+    assert_close(computed(kernels.OPERATION, given.call), oracle(given))
 
 
 @pytest.mark.parametrize(("up", "down"), [(True, False), (False, True)])
@@ -60,22 +78,22 @@ def test_one_weight_packed(up: bool, down: bool) -> None:
     given = case(5, 64, 96, 3, 2)
     given.gate_up = quantize(given.gate_up) if up else given.gate_up.bfloat16()
     given.down = quantize(given.down) if down else given.down.bfloat16()
-    assert_close(compute(kernels.OPERATION, "triton", given.call), oracle(given))
+    assert_close(computed(kernels.OPERATION, given.call), oracle(given))
 
 
 def test_unpacking_first_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from longburn.kernels.triton import experts_grouped
 
     given = case(37, 64, 96, 3, 2, packed=True)
-    wanted = compute(kernels.OPERATION, "triton", given.call)
+    wanted = computed(kernels.OPERATION, given.call)
     monkeypatch.setattr(experts_grouped, "UNPACK_FROM", 0)
-    torch.testing.assert_close(compute(kernels.OPERATION, "triton", given.call), wanted)
+    torch.testing.assert_close(computed(kernels.OPERATION, given.call), wanted)
 
 
 def test_nan_is_not_hidden_by_the_clamp() -> None:
     given = case(3, 64, 32, 4, 2, packed=True)
     given.x[1, 3] = math.nan
-    got = compute(kernels.OPERATION, "triton", given.call)
+    got = computed(kernels.OPERATION, given.call)
     assert bool(got[[0, 2]].isfinite().all())
     assert bool(got[1].isnan().all())
 
@@ -83,7 +101,7 @@ def test_nan_is_not_hidden_by_the_clamp() -> None:
 def test_experts_beyond_those_there_are_count_as_the_nearest() -> None:
     given = case(2, 64, 32, 4, 2, packed=True)
     given.chosen = torch.tensor([[-5, 1], [2, 9]])
-    got = compute(kernels.OPERATION, "triton", given.call)
+    got = computed(kernels.OPERATION, given.call)
     given.chosen = torch.tensor([[0, 1], [2, 3]])
     assert_close(got, oracle(given))
 
@@ -97,7 +115,7 @@ def test_sorting(n: int, k: int, count: int, tokens: int) -> None:
     chosen = torch.randint(0, count, (n, k), generator=torch.Generator().manual_seed(n))
     chosen[chosen == 1] = 0  # nobody takes 1, many take 0
     with use_impl("triton"):
-        order, back, ends, table = sort(chosen, count, tokens)
+        order, back, ends, table = moved(sort(chosen.to(DEVICE), count, tokens), "cpu")
     flat = chosen.flatten()
     assert order.tolist() == flat.argsort(stable=True).tolist()
     assert order[back].tolist() == list(range(n * k))
@@ -118,7 +136,7 @@ def test_routing(n: int, count: int, k: int, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(n + count)
     logits = torch.stack([torch.randperm(count, generator=g) for _ in range(n)]) if n else torch.zeros(0, count)
     logits = (logits / 7 - 3).to(dtype)  # no two are equal
-    chosen, weights = compute(routing.OPERATION, "triton", RouteCall(logits, k))
+    chosen, weights = computed(routing.OPERATION, RouteCall(logits, k))
     wanted_chosen, wanted = routing.OPERATION.impls[-1].run(RouteCall(logits, k))
     assert torch.equal(chosen, wanted_chosen)
     assert weights.dtype == torch.float32
@@ -127,13 +145,13 @@ def test_routing(n: int, count: int, k: int, dtype: torch.dtype) -> None:
 
 def test_routing_among_equals_and_infinities() -> None:
     logits = torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0], [-math.inf, 2.0, -math.inf, -math.inf, 1.0]])
-    chosen, weights = compute(routing.OPERATION, "triton", RouteCall(logits, 4))
+    chosen, weights = computed(routing.OPERATION, RouteCall(logits, 4))
     assert sorted(chosen[0].tolist()) == [0, 1, 2, 3]
     torch.testing.assert_close(weights[0], torch.full((4,), 0.25))
     assert chosen[1, :2].tolist() == [1, 4]
     assert len(set(chosen[1].tolist())) == 4
     torch.testing.assert_close(weights[1], torch.tensor([2.0, 1.0, -math.inf, -math.inf]).softmax(-1))
-    _, weights = compute(routing.OPERATION, "triton", RouteCall(torch.tensor([[math.nan, 1.0, 2.0]]), 2))
+    _, weights = computed(routing.OPERATION, RouteCall(torch.tensor([[math.nan, 1.0, 2.0]]), 2))
     assert bool(weights.isnan().all())
 
 
