@@ -22,7 +22,7 @@ ROUNDS = 8  # of one block on every multiprocessor, where fewer leave many of th
 LEAST_KEYS = 128  # of a split
 SCAN_FROM = 8  # times the window: from here on the positions are read first, to see which tiles to read
 ALIGNED = 16  # slots: a cut there leaves keys, positions and biases as aligned as they were
-MERGED = 8192  # elements of partial results that a block loads at once
+MERGED = 16384  # elements of partial results that a block loads at once
 NO_BIAS = BiasTerms()
 
 
@@ -63,7 +63,7 @@ def decode(call: AttendCall) -> AttendResult:
     block_d, block_dv = _power_of_two(D), _power_of_two(DV)
     exact = q.dtype == torch.float32
     rows = 32 if G * T > 16 and block_d <= 128 and block_dv <= 128 and not exact else 16
-    ways, keys, least, warps, stages = _tiles(block_d, k.element_size(), exact)
+    ways, keys, least, warps, stages = _tiles(rows, block_d, exact)
     tile = ways * keys
     heads = K * -(-G * T // rows)
     limit = _most_splits(
@@ -154,13 +154,16 @@ def _step(x: Tensor, dim: int) -> int:
 
 
 @cache
-def _tiles(block_d: int, itemsize: int, exact: bool) -> tuple[int, int, int, int, int]:
-    """Softmaxes in a block (W), keys of each in a step (N), tiles of a split (at least), warps, and tiles in flight."""
+def _tiles(rows: int, block_d: int, exact: bool) -> tuple[int, int, int, int, int]:
+    """Softmaxes in a block (W), keys of each in a step (N), tiles of a split (at least), warps, and tiles in flight.
+
+    With several softmaxes, half of the tiles in flight are positions, by which values are masked on their way.
+    """
     if exact:  # products in true fp32 are no work for tensor cores: all warps share one small tile
         return 1, 16, LEAST_KEYS // 16, 8, 1 if block_d > 128 else 2
     if block_d > 128:  # a softmax of a warp's own would not fit its registers
         return 1, 32, LEAST_KEYS // 32, 4, 3
-    return 4, 16, LEAST_KEYS // 64, 4, 4 if block_d * itemsize <= 128 else 3
+    return 4, 32, LEAST_KEYS // 128, 4, 6 if rows * block_d <= 2048 else 3
 
 
 @cache

@@ -86,14 +86,16 @@ def attend_tiles(
             kk = tl.load(k + (slot.to(tl.int64) * k_step + d), mask=d < D, other=0.0)
         else:
             kk = tl.load(k + (slot.to(tl.int64) * k_step + d))
-        if DV < BLOCK_DV:
-            vv = tl.load(v + (slot.to(tl.int64) * v_step + dv), mask=dv < DV, other=0.0)
-        else:
-            vv = tl.load(v + (slot.to(tl.int64) * v_step + dv))
+        # What is not filled may hold NaN, which no weight of 0 would take back. Masked on their way, values go straight
+        # from shared memory to the tensor cores.
+        filled = (tl.load(k_pos + slot) >= 0) & below
+        loaded = (dv < DV) if W == 1 else filled & (dv < DV)
+        vv = tl.load(v + (slot.to(tl.int64) * v_step + dv), mask=loaded, other=0.0).to(q.dtype)
+        if W == 1:
+            vv = tl.where(filled, vv, 0.0)
         position = tl.load(k_pos + column)
         kept = position < sink_tokens
         j = tl.where(inside & (position >= 0), relative(position, base), NEVER)
-        filled = (tl.load(k_pos + slot) >= 0) & below
         kk = tl.permute(kk, (0, 2, 1)).to(q.dtype)
         s = _product(q, kk, nothing) * factor
         if q_sink is not None:
@@ -125,7 +127,6 @@ def attend_tiles(
         top = higher
         if v_scale is not None:
             weights *= v_factor
-        vv = tl.where(filled, vv.to(q.dtype), 0.0)
         acc = _product(weights.to(q.dtype), vv, acc * shrink[:, :, None])
     return acc, mass, top
 
