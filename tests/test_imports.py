@@ -28,6 +28,7 @@ ASIDE: dict[str, frozenset[str]] = {
     "sampling": frozenset({"kernels"}),
     "weights": frozenset({"kernels"}),
     "text": frozenset({"weights"}),
+    "diffusion": frozenset(),
 }
 # Who may look aside. Models and the command line may use everything.
 LOOKS_ASIDE: dict[str, frozenset[str]] = {
@@ -36,7 +37,7 @@ LOOKS_ASIDE: dict[str, frozenset[str]] = {
     "cli": frozenset(ASIDE),
 }
 # Loaded where they are first used: optional, slow to import, or absent on some machines.
-NEVER_AT_MODULE_LEVEL = {"triton", "transformers", "matplotlib", "tiktoken", "openai_harmony"}
+NEVER_AT_MODULE_LEVEL = {"triton", "transformers", "matplotlib", "tiktoken", "openai_harmony", "diffusers"}
 # Triton's kernels are the exception: they are decorated when their module is loaded, so nobody else loads it at once.
 TRITON_KERNELS = "kernels/triton"
 # The command line must answer --help at once: nothing heavy until a command runs.
