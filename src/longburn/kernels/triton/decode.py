@@ -117,9 +117,12 @@ def decode(call: AttendCall) -> AttendResult:
 
 
 def _nearest(call: AttendCall) -> AttendCall:
-    """The call without the keys before its window, where the host knows their places."""
+    """The call without the keys before its window, where the host knows their places.
+
+    A cache's slots are not cut: a recorded step, of which the host knows nothing, must give the same bits.
+    """
     known = ordered(call)
-    if known is None or call.window is None or call.sink_tokens or call.before is not None:
+    if known is None or call.ascending or call.window is None or call.sink_tokens or call.before is not None:
         return call
     first = known.q_start - call.window + 1 + known.head - known.k_start
     first = min(first, call.k.shape[2] - 1) // ALIGNED * ALIGNED
