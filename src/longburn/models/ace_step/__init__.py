@@ -1,0 +1,1 @@
+"""ACE-Step, the two released generations of it: music from a caption and lyrics."""
