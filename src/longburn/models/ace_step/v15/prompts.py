@@ -1,4 +1,4 @@
-"""What the text encoder of ACE-Step 1.5 reads. The wording is the released pipeline's: the models were trained on it."""
+"""What the text encoder of ACE-Step 1.5 reads, in the released pipeline's words: the models were trained on them."""
 
 from dataclasses import dataclass
 
@@ -64,7 +64,8 @@ def instruction(task: str, track: str | None = None) -> str:
 
 def caption_text(caption: str, metadata: Metadata, *, task: str = "text2music", track: str | None = None) -> str:
     """Of the caption and what is known of the piece."""
-    return f"# Instruction\n{instruction(task, track)}\n\n# Caption\n{caption}\n\n# Metas\n{metadata.text()}<|endoftext|>\n"
+    told = f"# Instruction\n{instruction(task, track)}\n\n# Caption\n{caption}\n\n"
+    return f"{told}# Metas\n{metadata.text()}<|endoftext|>\n"
 
 
 def lyrics_text(lyrics: str, language: str) -> str:
