@@ -6,13 +6,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from longburn.bias import BiasContext, BiasPolicy
+from longburn.bias import BiasContext, BiasPolicy, Bound, Policy
 from longburn.cache import AttnWindow
 from longburn.kernels import attend as kernels
 from longburn.kernels.attend import AttendCall, AttendResult, BiasTerms, Known
-from longburn.kernels.attend.call import add_sinks
+from longburn.kernels.attend.call import add_sinks, joined, query_block
 
 FP8 = torch.float8_e4m3fn
+ROWS = 1 << 25  # numbers of a bias in dense rows that are written out at a time
 
 
 def attend(
@@ -23,7 +24,7 @@ def attend(
     q_pos: Tensor | None = None,
     k_pos: Tensor | None = None,
     window: AttnWindow | None = None,
-    bias: BiasPolicy | Tensor | None = None,
+    bias: BiasPolicy | Bound | Tensor | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
     q_sink: Tensor | None = None,
@@ -44,7 +45,8 @@ def attend(
         q_pos: `[B|1, T]` int64, -1 for no token. Default: the last T of S positions.
         k_pos: `[B|1, S]` int64, -1 for an empty slot, whose keys and values may be anything. Default: `0 .. S - 1`.
         window: what a query sees; default all keys up to its own.
-        bias: added to the scores before the softmax: a policy, or a tensor `[B|1, H|1, T, S]` aligned with k.
+        bias: added to the scores before the softmax: a policy (`Bound`, if it asks for what only its layer knows), or a
+            tensor `[B|1, H|1, T, S]` aligned with k.
         sinks: learned logits `[H]` that enter the softmax's denominator with the value 0.
         scale: of the scores; default `1 / sqrt(D)`.
         q_sink: a second query `[B, H, T, D]` for the keys at positions below `window.sink_tokens` (relative sinks).
@@ -61,8 +63,8 @@ def attend(
         ValueError: shapes that disagree.
         ImplError: the implementation named by `use_impl` cannot compute this call.
     """
-    call = _call(q, k, v, q_pos, k_pos, window, bias, sinks, scale, q_sink, known, ascending, before, scales)
-    return _run(call)[0]
+    call = _call(q, k, v, q_pos, k_pos, window, sinks, scale, q_sink, known, ascending, before, scales)
+    return _run(call, bias)[0]
 
 
 def attend_with_lse(
@@ -73,7 +75,7 @@ def attend_with_lse(
     q_pos: Tensor | None = None,
     k_pos: Tensor | None = None,
     window: AttnWindow | None = None,
-    bias: BiasPolicy | Tensor | None = None,
+    bias: BiasPolicy | Bound | Tensor | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
     q_sink: Tensor | None = None,
@@ -86,14 +88,14 @@ def attend_with_lse(
 
     Results over disjoint sets of keys merge exactly: `merge([(out, lse), ...])`. Let sinks into one part only.
     """
-    call = _call(q, k, v, q_pos, k_pos, window, bias, sinks, scale, q_sink, known, ascending, before, scales)
-    return _run(replace(call, wants_lse=True))
+    call = _call(q, k, v, q_pos, k_pos, window, sinks, scale, q_sink, known, ascending, before, scales)
+    return _run(replace(call, wants_lse=True), bias)
 
 
-def _run(call: AttendCall) -> AttendResult:
+def _run(call: AttendCall, bias: BiasPolicy | Bound | Tensor | None) -> AttendResult:
     """The result of the call. Without queries or keys there is nothing to compute: kernels need not know the case."""
     if call.q.numel() and call.k_pos.shape[1]:
-        return kernels.run(call)
+        return kernels.run(call) if bias is None else _biased(call, bias)
     out = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
     wide = torch.promote_types(out.dtype, torch.float32)
     nothing = torch.full(out.shape[:3], -math.inf, dtype=wide, device=out.device)
@@ -107,7 +109,6 @@ def _call(
     q_pos: Tensor | None,
     k_pos: Tensor | None,
     window: AttnWindow | None,
-    bias: BiasPolicy | Tensor | None,
     sinks: Tensor | None,
     scale: float | None,
     q_sink: Tensor | None,
@@ -139,7 +140,6 @@ def _call(
         sink_tokens=window.sink_tokens if window.size is not None else 0,
         lookahead=window.lookahead,
         block=window.block,
-        bias=_terms(bias, q, q_pos, k_pos),
         sinks=sinks,
         q_sink=q_sink,
         known=known,
@@ -149,12 +149,33 @@ def _call(
     )
 
 
-def _terms(bias: BiasPolicy | Tensor | None, q: Tensor, q_pos: Tensor, k_pos: Tensor) -> BiasTerms | None:
-    if bias is None:
-        return None
-    if not isinstance(bias, Tensor):
-        return bias.terms(BiasContext(q_pos, k_pos, q))
-    wanted = (q.shape[0], q.shape[1], q.shape[2], k_pos.shape[1])
+def _biased(call: AttendCall, bias: BiasPolicy | Bound | Tensor) -> AttendResult:
+    """The call with this bias; one in dense rows is asked for a block of queries at a time."""
+    if isinstance(bias, Tensor):
+        return kernels.run(replace(call, bias=_of_tensor(bias, call)))
+    policy = bias.policy if isinstance(bias, Bound) else bias
+    looks_at_keys = isinstance(policy, Policy) and policy.keys
+    call = joined(call) if looks_at_keys else call
+    context = BiasContext(
+        *(call.q_pos, call.k_pos, call.q, call.scale),
+        *(call.window, call.sink_tokens, call.lookahead, call.block),
+        k=call.k if looks_at_keys else None,
+    )
+    context = bias.complete(context) if isinstance(bias, Bound) else context
+    T, S = call.q.shape[2], call.k_pos.shape[1]
+    block = max(1, ROWS // (call.q.shape[0] * call.q.shape[1] * S))
+    if block >= T or not (isinstance(policy, Policy) and policy.rows):
+        return kernels.run(replace(call, bias=policy.terms(context)))
+    parts = []
+    for start in range(0, T, block):
+        stop = min(start + block, T)
+        terms = policy.terms(context.queries(start, stop))
+        parts.append(kernels.run(replace(query_block(call, start, stop), bias=terms)))
+    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def _of_tensor(bias: Tensor, call: AttendCall) -> BiasTerms:
+    wanted = (*call.q.shape[:3], call.k_pos.shape[1])
     if bias.dim() != 4 or any(n not in (1, w) for n, w in zip(bias.shape[:2], wanted, strict=False)):
         raise ValueError(f"attend: bias is {tuple(bias.shape)}, wanted [B|1, H|1, T, S] with B, H, T, S = {wanted}")
     if tuple(bias.shape[2:]) != wanted[2:]:

@@ -2,8 +2,18 @@
 
 from longburn.bias.alibi import Alibi, alibi_slopes
 from longburn.bias.dense import DenseBias
-from longburn.bias.policy import BiasContext, BiasPolicy
+from longburn.bias.policy import BiasContext, BiasPolicy, Bound, Policy
 from longburn.bias.sinks import sinks_from_per_head
 from longburn.kernels.attend import BiasTerms
 
-__all__ = ["Alibi", "BiasContext", "BiasPolicy", "BiasTerms", "DenseBias", "alibi_slopes", "sinks_from_per_head"]
+__all__ = [
+    "Alibi",
+    "BiasContext",
+    "BiasPolicy",
+    "BiasTerms",
+    "Bound",
+    "DenseBias",
+    "Policy",
+    "alibi_slopes",
+    "sinks_from_per_head",
+]
