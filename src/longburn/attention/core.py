@@ -159,12 +159,14 @@ def _biased(call: AttendCall, bias: BiasPolicy | Bound | Tensor) -> AttendResult
     context = BiasContext(
         *(call.q_pos, call.k_pos, call.q, call.scale),
         *(call.window, call.sink_tokens, call.lookahead, call.block),
+        known=call.known,
+        q_sink=call.q_sink,
         k=call.k if looks_at_keys else None,
     )
     context = bias.complete(context) if isinstance(bias, Bound) else context
     T, S = call.q.shape[2], call.k_pos.shape[1]
     block = max(1, ROWS // (call.q.shape[0] * call.q.shape[1] * S))
-    if block >= T or not (isinstance(policy, Policy) and policy.rows):
+    if block >= T or not (isinstance(policy, Policy) and policy.writes_rows(context)):
         return kernels.run(replace(call, bias=policy.terms(context)))
     parts = []
     for start in range(0, T, block):

@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from longburn.kernels.attend import BiasTerms
+from longburn.kernels.attend import BiasTerms, Known
 from longburn.kernels.attend.call import AttendCall, visible
 
 
@@ -23,6 +23,8 @@ class BiasContext(NamedTuple):
     sink_tokens: int = 0
     lookahead: int | None = 0
     block: int = 1
+    known: tuple[Known, ...] | None = None  # what the host knows of all queries of the call and its keys
+    q_sink: Tensor | None = None  # [B, H, T, D] the queries for keys below sink_tokens, if they differ (relative sinks)
     k: Tensor | None = None  # [B, K, S, D] after rotation; only for a policy that says `keys`
     x: Tensor | None = None  # [B, T, M] what the layer was given; only for the bias that an `Attention` owns
     extra: Tensor | None = None  # [B, C, S] the policy's numbers of every token
@@ -45,6 +47,7 @@ class BiasContext(NamedTuple):
         return self._replace(
             q_pos=self.q_pos[:, start:stop],
             q=self.q[:, :, start:stop],
+            q_sink=None if self.q_sink is None else self.q_sink[:, :, start:stop],
             x=None if self.x is None else self.x[:, start:stop],
             own=None if self.own is None else self.own[:, :, start:stop],
         )
@@ -65,7 +68,8 @@ class Policy(nn.Module):
     Attributes:
         channels: C, numbers that the cache keeps for every token, in at least fp32.
         sums: they are running sums of which only differences matter. The cache keeps those of the newest tokens near 0.
-        rows: `terms` writes dense rows. It is then asked for few queries at a time when all of them would be large.
+        rows: `terms` writes dense rows, unless `writes_rows` says more. It is then asked for few queries at a time when
+            all of them would be large.
         keys: `terms` looks at the keys.
     """
 
@@ -77,6 +81,10 @@ class Policy(nn.Module):
     def terms(self, context: BiasContext) -> BiasTerms:
         """The bias of this call; nothing in it may depend on how the stream was cut into calls."""
         raise NotImplementedError
+
+    def writes_rows(self, context: BiasContext) -> bool:
+        """Whether `terms` writes dense rows for this call."""
+        return self.rows
 
     def of_tokens(self, x: Tensor, q: Tensor, k: Tensor, positions: Tensor, previous: Tensor) -> Tensor:
         """What to keep for new tokens, `[B, C, T]`; later tokens never change it.
