@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from longburn.cache import Step
 from longburn.kernels.linear import linear
-from longburn.rope import RotaryEncoding
+from longburn.rope import MismatchedRotaryEncoding, RotaryEncoding
 
 CHUNK = 64  # queries that see each other directly; everything before them is in the state
 
@@ -56,7 +56,7 @@ class LinearAttention(nn.Module):
         *,
         head_dim: int | None = None,
         causal: bool = False,
-        rope: RotaryEncoding | None = None,
+        rope: RotaryEncoding | MismatchedRotaryEncoding | None = None,
         qkv_bias: bool = False,
         out_bias: bool = False,
         eps: float = 1e-15,

@@ -1,6 +1,7 @@
-"""Rotary position encodings with every published context extension, and 3-D axial ones."""
+"""Rotary position encodings: every published context extension, 3-D axial ones, and ACE-Step v1's mismatched one."""
 
 from longburn.rope.axial import Coordinates, Rope3dEncoding
+from longburn.rope.mismatched import MismatchedRotaryEncoding
 from longburn.rope.pairs import Angles
 from longburn.rope.rotary import RotaryEncoding, ntk_yarn
 from longburn.rope.scaling import (
@@ -23,6 +24,7 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "LongRopeScaling",
+    "MismatchedRotaryEncoding",
     "NtkScaling",
     "ProportionalScaling",
     "Rope3dEncoding",
