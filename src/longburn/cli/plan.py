@@ -81,6 +81,7 @@ def plan(
 
 def read_config(config: str) -> "tuple[LlamaConfig | GptOssConfig, ExpertStorage]":
     """The configuration, and how experts are held by default: dense where a Hugging Face config names no MXFP4."""
+    from longburn.models.family import read_family
     from longburn.models.gpt_oss import GptOssConfig, is_gpt_oss
     from longburn.models.llama import LlamaConfig
     from longburn.models.settings import read_settings
@@ -100,7 +101,7 @@ def read_config(config: str) -> "tuple[LlamaConfig | GptOssConfig, ExpertStorage
             raise ValueError(f"{path}: wanted a config.json or the directory that holds it")
         settings = read_settings(path if path.is_dir() else path.parent)
         if not is_gpt_oss(settings):
-            return LlamaConfig.from_hf(settings), "dense"
+            return read_family(settings), "dense"
         quantised = settings.get("quantization_config") or {}
         packed = "rope_ntk_alpha" in settings or quantised.get("quant_method") == "mxfp4"
         return GptOssConfig.from_config(settings), "mxfp4" if packed else "dense"

@@ -75,17 +75,21 @@ class Decoder(nn.Module):
         Raises:
             ValueError: a token id outside the vocabulary, or no room in the cache. Nothing is committed then.
         """
+        return linear(self.forward_features(tokens, cache, all_positions, commit), self.head.weight)
+
+    def forward_features(
+        self, tokens: Tensor, cache: CacheManager, all_positions: bool = False, commit: bool = True
+    ) -> Tensor:
+        """What the head reads, `[B, M]` or `[B, T, M]`: `forward_logits` without its last product."""
         check_tokens(tokens, self.vocab_size)
         step = cache.positions(tokens)
         x = self.embed(tokens.to(self.embed.weight.device).clamp_min(0))
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x = layer(x, step, layer_cache)
-        if not all_positions:
-            x = last_of_rows(x, step)
-        logits = linear(self.norm(x), self.head.weight)
+        features = self.norm.forward(x if all_positions else last_of_rows(x, step))
         if commit:
             cache.advance(step)
-        return logits
+        return features
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[B, T, V]` of whole sequences `[B, T]`, without a cache (training)."""

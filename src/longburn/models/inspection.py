@@ -10,9 +10,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from longburn.models.decoder import Decoder
+from longburn.models.family import build, family_name, read_family
 from longburn.models.gpt_oss import GptOss, GptOssConfig, hf_rules, is_gpt_oss, original_rules
 from longburn.models.gpt_oss.names import HF_EXPERTS, ORIGINAL_EXPERTS, is_original
-from longburn.models.llama import Llama, LlamaConfig, gguf_rules
+from longburn.models.llama import LlamaConfig, gguf_rules
 from longburn.models.llama import hf_rules as llama_rules
 from longburn.models.settings import read_settings
 from longburn.weights import CheckpointError, CheckpointMismatch, GgufFile, Rule, TensorSource, open_source, plan
@@ -94,8 +95,9 @@ def _recognise(path: Path, source: TensorSource) -> _Known:
         return _Known("Llama, GGUF", _stated(llama), _on_meta(llama), source, gguf_rules(llama))
     settings = read_settings(path if path.is_dir() else path.parent)
     if not is_gpt_oss(settings):
-        llama = LlamaConfig.from_hf(settings)
-        return _Known("Llama, Hugging Face's format", _stated(llama), _on_meta(llama), source, llama_rules(llama))
+        llama = read_family(settings)
+        title = f"{family_name(llama)}, Hugging Face's format"
+        return _Known(title, _stated(llama), _on_meta(llama), source, llama_rules(llama))
     config, original = GptOssConfig.from_config(settings), is_original(source)
     names = ORIGINAL_EXPERTS if original else HF_EXPERTS
     storage: Literal["mxfp4", "dense"] = "mxfp4" if names.are_packed(source) else "dense"
@@ -108,7 +110,7 @@ def _recognise(path: Path, source: TensorSource) -> _Known:
 def _on_meta(config: LlamaConfig | GptOssConfig, storage: Literal["mxfp4", "dense"] = "dense") -> Decoder:
     with torch.device("meta"):
         if isinstance(config, LlamaConfig):
-            return Llama(config)
+            return build(config)
         return GptOss(config, experts=storage, dtype=torch.bfloat16)
 
 

@@ -5,7 +5,7 @@ Checkpoints: Hugging Face's layout (`LlamaForCausalLM`) and GGUF files of the ar
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,12 @@ from longburn.weights import InterleavedRows, Merge, Part, Rename, Rule, Skip, T
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """A model's sizes, under the names of a Hugging Face `config.json`."""
+    """A model's sizes, under the names of a Hugging Face `config.json`.
+
+    `qk_norm` is an RMSNorm over every head's q and k, before the rotation (Qwen3).
+    """
+
+    MODEL_TYPE: ClassVar[str] = "llama"
 
     vocab_size: int
     hidden_size: int
@@ -35,23 +40,24 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """From the dictionary of a `config.json`.
 
         Raises:
             ValueError: another architecture or activation, a missing key, or a rope setting that is not known.
         """
-        _expect("model_type", config.get("model_type"), ("llama",))
-        _expect("hidden_act", config.get("hidden_act", "silu"), ("silu",))
-        heads = _need(config, "num_attention_heads")
-        hidden = _need(config, "hidden_size")
+        _expect(cls.__name__, "model_type", config.get("model_type"), (cls.MODEL_TYPE,))
+        _expect(cls.__name__, "hidden_act", config.get("hidden_act", "silu"), ("silu",))
+        heads = _need(cls.__name__, config, "num_attention_heads")
+        hidden = _need(cls.__name__, config, "hidden_size")
         return cls(
-            vocab_size=_need(config, "vocab_size"),
+            vocab_size=_need(cls.__name__, config, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=_need(config, "intermediate_size"),
-            num_hidden_layers=_need(config, "num_hidden_layers"),
+            intermediate_size=_need(cls.__name__, config, "intermediate_size"),
+            num_hidden_layers=_need(cls.__name__, config, "num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
@@ -70,17 +76,17 @@ class LlamaConfig:
         Raises:
             ValueError: another architecture, a missing key, or a rope scaling that is not known.
         """
-        _expect("general.architecture", metadata.get("general.architecture"), ("llama",))
-        heads = _need(metadata, "llama.attention.head_count")
-        hidden = _need(metadata, "llama.embedding_length")
+        _expect(cls.__name__, "general.architecture", metadata.get("general.architecture"), ("llama",))
+        heads = _need(cls.__name__, metadata, "llama.attention.head_count")
+        hidden = _need(cls.__name__, metadata, "llama.embedding_length")
         head_dim = metadata.get("llama.attention.key_length") or hidden // heads
-        context = _need(metadata, "llama.context_length")
+        context = _need(cls.__name__, metadata, "llama.context_length")
         tokens = metadata.get("tokenizer.ggml.tokens")
         return cls(
             vocab_size=metadata.get("llama.vocab_size") or len(tokens or ()),
             hidden_size=hidden,
-            intermediate_size=_need(metadata, "llama.feed_forward_length"),
-            num_hidden_layers=_need(metadata, "llama.block_count"),
+            intermediate_size=_need(cls.__name__, metadata, "llama.feed_forward_length"),
+            num_hidden_layers=_need(cls.__name__, metadata, "llama.block_count"),
             num_attention_heads=heads,
             num_key_value_heads=metadata.get("llama.attention.head_count_kv") or heads,
             head_dim=head_dim,
@@ -91,7 +97,7 @@ class LlamaConfig:
                 rotary_dim=metadata.get("llama.rope.dimension_count"),
                 scaling=_gguf_scaling(metadata, context),
             ),
-            rms_norm_eps=_need(metadata, "llama.attention.layer_norm_rms_epsilon"),
+            rms_norm_eps=_need(cls.__name__, metadata, "llama.attention.layer_norm_rms_epsilon"),
             tie_word_embeddings=tied,
         )
 
@@ -109,6 +115,7 @@ class LlamaBlock(nn.Module):
             head_dim=config.head_dim,
             window=policy.of_layer(layer),
             rope=config.rope,
+            qk_norm=config.rms_norm_eps if config.qk_norm else None,
             qkv_bias=config.attention_bias,
             out_bias=config.attention_bias,
             dtype=dtype,
@@ -146,7 +153,7 @@ class Llama(Decoder):
 
 
 def hf_rules(config: LlamaConfig) -> tuple[Rule, ...]:
-    """Names of Hugging Face's `LlamaForCausalLM`."""
+    """Names of Hugging Face's `LlamaForCausalLM` and `Qwen3ForCausalLM`."""
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     prefix = "model.layers.{i}."
     rules: list[Rule] = [
@@ -159,6 +166,11 @@ def hf_rules(config: LlamaConfig) -> tuple[Rule, ...]:
         Rename(prefix + "post_attention_layernorm.weight", "layers.{i}.mlp_norm.weight"),
         Skip(prefix + "self_attn.rotary_emb.inv_freq", "the frequencies follow from the configuration"),
     ]
+    if config.qk_norm:
+        rules += [
+            Rename(f"{prefix}self_attn.{part}_norm.weight", f"layers.{{i}}.attention.{part}_norm.weight")
+            for part in ("q", "k")
+        ]
     for kind in ("weight", "bias"):
         attention, mlp = prefix + "self_attn.{}_proj." + kind, prefix + "mlp.{}_proj." + kind
         if kind == "weight" or config.attention_bias:
@@ -214,12 +226,12 @@ def _named(pattern: str, part: str) -> str:
     return pattern.replace("{}", part)
 
 
-def _need(config: Mapping[str, Any], key: str) -> Any:
+def _need(reader: str, config: Mapping[str, Any], key: str) -> Any:
     value = config.get(key)
     if value is None:
-        raise ValueError(f"LlamaConfig: the configuration has no {key!r}")
+        raise ValueError(f"{reader}: the configuration has no {key!r}")
     if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"LlamaConfig: {key} is {value!r}, wanted a number above 0")
+        raise ValueError(f"{reader}: {key} is {value!r}, wanted a number above 0")
     return value
 
 
@@ -230,9 +242,9 @@ def _with_theta(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config if stated else {**config, "rope_theta": 10000.0}
 
 
-def _expect(key: str, came: Any, known: Sequence[str]) -> None:
+def _expect(reader: str, key: str, came: Any, known: Sequence[str]) -> None:
     if came not in known:
-        raise ValueError(f"LlamaConfig: {key} is {came!r}, wanted {' or '.join(map(repr, known))}")
+        raise ValueError(f"{reader}: {key} is {came!r}, wanted {' or '.join(map(repr, known))}")
 
 
 def _gguf_scaling(metadata: Mapping[str, Any], context: int) -> RopeScaling | None:

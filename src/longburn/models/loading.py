@@ -9,6 +9,7 @@ import torch
 from longburn.cache import AttnWindow, WindowPolicy
 from longburn.kernels import native
 from longburn.models.decoder import Decoder
+from longburn.models.family import build, read_family
 from longburn.models.gpt_oss import GptOss, GptOssConfig, is_gpt_oss
 from longburn.models.llama import Llama, LlamaConfig, gguf_rules, hf_rules
 from longburn.models.settings import read_settings
@@ -36,11 +37,11 @@ def load_model(
     window: AttnWindow | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """Load a model: of the Llama family, or a GPT-OSS.
+    """Load a model: a Llama, a Qwen3 or a GPT-OSS.
 
     Args:
         name: a name from `longburn.weights.available()`, a `.gguf` file, or a directory with `config.json` and
-            safetensors. A Llama's also holds its `tokenizer.json`; a GPT-OSS without one gets `harmony_tokenizer()`.
+            safetensors. It also holds its `tokenizer.json`; only a GPT-OSS without one gets `harmony_tokenizer()`.
         dtype: of the weights and the cache. Experts that are stored as MXFP4 stay so.
         device: where they go.
         window: of every layer that sees all keys as it was trained; default that it does. GPT-OSS's other layers keep
@@ -72,7 +73,7 @@ def _from_gguf(
     file = GgufFile(path)
     config = LlamaConfig.from_gguf(file.metadata, tied="output.weight" not in file.tensors)
     tokenizer = Tokenizer.from_gguf(file.metadata)
-    model = _llama(config, dtype, window)
+    model = _on_meta(config, dtype, window)
     load_checkpoint(model, file, gguf_rules(config), device=device, progress=progress)
     return model, tokenizer
 
@@ -86,13 +87,13 @@ def _from_directory(
         # First: what is wrong with it shows before gigabytes are read.
         tokenizer = Tokenizer.from_file(path) if (path / "tokenizer.json").exists() else harmony_tokenizer()
         return GptOss.from_checkpoint(path, dtype=dtype, device=device, policy=policy, progress=progress), tokenizer
-    config = LlamaConfig.from_hf(settings)
+    config = read_family(settings)
     tokenizer = Tokenizer.from_file(path)
-    model = _llama(config, dtype, window)
+    model = _on_meta(config, dtype, window)
     load_checkpoint(model, SafetensorsSource(path), hf_rules(config), device=device, progress=progress)
     return model, tokenizer
 
 
-def _llama(config: LlamaConfig, dtype: torch.dtype, window: AttnWindow | None) -> Llama:
+def _on_meta(config: LlamaConfig, dtype: torch.dtype, window: AttnWindow | None) -> Llama:
     with torch.device("meta"):
-        return Llama(config, policy=WindowPolicy.uniform(window or AttnWindow()), dtype=dtype)
+        return build(config, policy=WindowPolicy.uniform(window or AttnWindow()), dtype=dtype)

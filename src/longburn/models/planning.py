@@ -32,6 +32,7 @@ class Sizes:
     attention_bias: bool = False
     mlp_bias: bool = False
     learned_sinks: bool = False
+    qk_norm: bool = False
 
     @classmethod
     def of(cls, config: LlamaConfig | GptOssConfig, window: AttnWindow | None = None) -> "Sizes":
@@ -52,6 +53,7 @@ class Sizes:
             attention_bias=moe or (isinstance(config, LlamaConfig) and config.attention_bias),
             mlp_bias=moe or (isinstance(config, LlamaConfig) and config.mlp_bias),
             learned_sinks=moe,
+            qk_norm=isinstance(config, LlamaConfig) and config.qk_norm,
         )
 
     @property
@@ -108,7 +110,7 @@ def weight_bytes(sizes: Sizes, itemsize: int, experts: ExpertStorage = "mxfp4") 
     bytes_of = {
         "embedding and head": sizes.vocabulary * M * (1 if sizes.tied else 2) * itemsize,
         "attention": L * attention * itemsize,
-        "norms": (2 * L + 1) * M * itemsize,
+        "norms": ((2 * L + 1) * M + 2 * L * D * sizes.qk_norm) * itemsize,
     }
     matrices, biases = 3 * hidden * M, (2 * hidden + M) * sizes.mlp_bias
     if not E:
