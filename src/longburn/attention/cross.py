@@ -8,18 +8,21 @@ from torch import Tensor, nn
 
 from longburn.attention.core import attend
 from longburn.cache import AttnWindow
+from longburn.kernels.attend import Known
 from longburn.kernels.linear import linear
 
 
 class CrossKeyValues(NamedTuple):
     """The context's keys and values `[B, K, S, D]` and its positions `[B|1, S]`, -1 where the context has no token.
 
-    They depend on the context alone, so they are kept over all steps of a decoding or denoising loop.
+    They depend on the context alone, so they are kept over all steps of a decoding or denoising loop. `full`: the host
+    knows that the context has a token everywhere, which only ever saves work.
     """
 
     k: Tensor
     v: Tensor
     pos: Tensor
+    full: bool = False
 
 
 class CrossAttention(nn.Module):
@@ -82,7 +85,7 @@ class CrossAttention(nn.Module):
         if self.k_norm is not None:
             k = self.k_norm(k)
         pos = torch.arange(S, device=context.device)[None]
-        return CrossKeyValues(k, v, pos if mask is None else torch.where(mask, pos, -1))
+        return CrossKeyValues(k, v, pos if mask is None else torch.where(mask, pos, -1), mask is None)
 
     def forward(self, x: Tensor, context: Tensor | CrossKeyValues, *, bias: Tensor | None = None) -> Tensor:
         """`[B, T, M]` to `[B, T, M]`.
@@ -93,11 +96,12 @@ class CrossAttention(nn.Module):
             bias: added to the scores, `[B|1, H|1, T, S]`.
         """
         B, T, _ = x.shape
-        k, v, k_pos = context if isinstance(context, CrossKeyValues) else self.keys_values(context)
+        k, v, k_pos, full = context if isinstance(context, CrossKeyValues) else self.keys_values(context)
         q = linear(x, self.q.weight, self.q.bias).view(B, T, self.heads, self.head_dim).transpose(1, 2)
         if self.q_norm is not None:
             q = self.q_norm(q)
         everything = AttnWindow(lookahead=None)
-        q_pos = torch.zeros(1, T, dtype=torch.int64, device=x.device)
-        out = attend(q, k, v, q_pos=q_pos, k_pos=k_pos, window=everything, bias=bias, scale=self.scale)
+        q_pos = torch.arange(T, device=x.device)[None]  # where a query stands changes nothing: it sees everything
+        known = (Known(0, T, k.shape[2], 0, 0, True),) if full else None
+        out = attend(q, k, v, q_pos=q_pos, k_pos=k_pos, window=everything, bias=bias, scale=self.scale, known=known)
         return linear(out.transpose(1, 2).reshape(B, T, -1), self.out.weight, self.out.bias)
