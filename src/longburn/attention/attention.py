@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from longburn.attention.core import attend
-from longburn.bias import BiasPolicy, DenseBias
-from longburn.cache import AttnWindow, KeyValues, RollingKVCache, Rotation, Step
+from longburn.bias import BiasPolicy, Bound, DenseBias, Policy
+from longburn.cache import AttnWindow, Extra, KeyValues, RollingKVCache, Rotation, Step
 from longburn.kernels.attend import Known
 from longburn.kernels.linear import linear
 from longburn.rope import Angles, Rope3dEncoding, RotaryEncoding
@@ -32,9 +32,10 @@ class Attention(nn.Module):
         scale: of the scores; default `1 / sqrt(D)`.
         prescale: multiply q and k by `sqrt(scale)` each instead of the scores by `scale`. The same function, but half
             precision scores stay small (Whisper). The cache then holds the scaled keys.
+        bias: a policy added to the scores of every call. What it learns is learned with the layer.
 
     Raises:
-        ValueError: sizes that do not divide, or relative sinks without rope.
+        ValueError: sizes that do not divide, relative sinks without rope, or a bias that does not go with the rest.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Attention(nn.Module):
         out_bias: bool = False,
         scale: float | None = None,
         prescale: bool = False,
+        bias: BiasPolicy | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -68,6 +70,8 @@ class Attention(nn.Module):
         if self.window.relative_sinks and rope is None:
             raise ValueError("Attention: relative_sinks clamp the distance that rope sees, but rope is None")
         self.rope = rope
+        self.bias = bias
+        self._check_bias(prescale)
         self.scale = 1.0 / math.sqrt(self.head_dim) if scale is None else scale
         self.prescale = prescale
         D = self.head_dim
@@ -87,6 +91,11 @@ class Attention(nn.Module):
         """Where the parameters are."""
         return self.qkv.weight.device
 
+    @property
+    def extra(self) -> Extra:
+        """What the cache keeps for every token beside its key and value."""
+        return Extra(self.bias.channels, self.bias.sums) if isinstance(self.bias, Policy) else Extra()
+
     def forward(
         self,
         x: Tensor,
@@ -103,24 +112,27 @@ class Attention(nn.Module):
             positions: of x, `[B|1, T]` int64 (-1: no token), or the step that a `CacheManager` handed out (which also
                 lets the layers of a model share what they derive from it). Default without a cache: `0 .. T - 1`.
             cache: this layer's; x is written to it. None: x is all there is.
-            bias: a policy, or a tensor `[B|1, H|1, T, P]` whose columns are the absolute key positions `0 .. P - 1`.
+            bias: of this call, where the layer has none: a policy, or a tensor `[B|1, H|1, T, P]` whose columns are the
+                absolute key positions `0 .. P - 1`.
             residual: `[B, T, M]`, added to the result.
 
         Returns:
             `[B, T, M]`; rows without a token are the output projection of 0.
 
         Raises:
-            ValueError: shapes that disagree, a cache without positions, or a window that no cache can serve.
+            ValueError: shapes that disagree, a cache without positions, a window that no cache serves, or two biases.
         """
         B, T, _ = x.shape
         step = self._step(positions, T, cache, x.device)
+        policy = self._policy(bias)
         qk, v = self._project(x)
         q, k = qk[:, : self.heads], qk[:, self.heads :]
+        own = None if not self.extra.channels else self._numbers(x, q, k, step, cache)
         if cache is None:
             k, turned = self._rotation(q, step, x.dtype).apply(k)
-            held = KeyValues(k, v, step.positions, _of_self(step), False, None, None, *turned)
+            held = KeyValues(k, v, step.positions, _of_self(step), False, None, None, *turned, own)
         else:
-            held = cache.update(k, v, step, rotation=self._rotation(q, step, x.dtype))
+            held = cache.update(k, v, step, rotation=self._rotation(q, step, x.dtype), extra=own)
         assert held.q is not None
         out = attend(
             held.q,
@@ -129,7 +141,7 @@ class Attention(nn.Module):
             q_pos=step.positions,
             k_pos=held.pos,
             window=self.window,
-            bias=DenseBias(bias) if isinstance(bias, Tensor) else bias,
+            bias=None if policy is None else Bound(policy, x, held.extra, own),
             sinks=self.sinks,
             scale=1.0 if self.prescale else self.scale,
             q_sink=held.q_sink,
@@ -147,7 +159,46 @@ class Attention(nn.Module):
         qk, v = fused[:, : -self.kv_heads], fused[:, -self.kv_heads :]
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, : self.heads]), self.k_norm(qk[:, self.heads :])], 1)
+        if isinstance(self.bias, Policy) and self.bias.changes_queries:
+            qk = torch.cat([self.bias.queries(qk[:, : self.heads]), qk[:, self.heads :]], 1)
         return (qk * math.sqrt(self.scale) if self.prescale else qk), v
+
+    def _check_bias(self, prescale: bool) -> None:
+        policy = self.bias
+        if not isinstance(policy, Policy):
+            return
+        name = type(policy).__name__
+        if policy.changes_queries and (self.rope is not None or prescale):
+            raise ValueError(
+                f"Attention: {name} changes queries, which rope or prescale would change again; "
+                "leave these out, it says itself where tokens stand"
+            )
+        if policy.keys and self.window.relative_sinks:
+            raise ValueError(
+                f"Attention: {name} computes scores of its own, which know no relative_sinks; leave them out"
+            )
+
+    def _policy(self, bias: BiasPolicy | Tensor | None) -> BiasPolicy | None:
+        """The bias of a call that is given this one."""
+        if bias is None:
+            return self.bias
+        if self.bias is not None:
+            raise ValueError(f"Attention: a bias for this call, but the layer has its own, {type(self.bias).__name__}")
+        if isinstance(bias, Policy) and (bias.channels or bias.changes_queries):
+            raise ValueError(
+                f"Attention: {type(bias).__name__} needs more of a layer than one call; give it to Attention(bias=...)"
+            )
+        return DenseBias(bias) if isinstance(bias, Tensor) else bias
+
+    def _numbers(self, x: Tensor, q: Tensor, k: Tensor, step: Step, cache: RollingKVCache | None) -> Tensor:
+        """What the layer's bias keeps for the tokens of x, `[B, C, T]`."""
+        assert isinstance(self.bias, Policy)
+        if cache is None:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            previous = torch.zeros(x.shape[0], self.bias.channels, dtype=wide, device=x.device)
+        else:
+            previous = cache.previous(step)
+        return self.bias.of_tokens(x, q, k, step.positions, previous).to(previous.dtype)
 
     def _step(
         self, positions: Step | Tensor | None, T: int, cache: RollingKVCache | None, device: torch.device

@@ -102,6 +102,11 @@ class Policy(nn.Module):
         """The queries `[B, H, T, D]` that attend, from the projected (and normed) ones."""
         return q
 
+    @property
+    def changes_queries(self) -> bool:
+        """Whether it has `queries` of its own."""
+        return type(self).queries is not Policy.queries
+
 
 @dataclass(frozen=True)
 class Bound:

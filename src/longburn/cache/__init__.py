@@ -1,6 +1,7 @@
 """Rolling caches: which keys a layer sees, where they are kept, and who knows the time."""
 
 from longburn.cache.buffers import KeyValues, Rotation
+from longburn.cache.extra import Extra
 from longburn.cache.manager import CacheManager
 from longburn.cache.mark import CacheMark
 from longburn.cache.rolling import RollingKVCache
@@ -11,6 +12,7 @@ __all__ = [
     "AttnWindow",
     "CacheManager",
     "CacheMark",
+    "Extra",
     "KeyValues",
     "RollingKVCache",
     "Rotation",

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longburn.kernels.append import FP8, AppendCall, Rotated, append, quantised, rotated
+from longburn.cache.extra import NO_EXTRA, REBASED, Extra
+from longburn.kernels.append import FP8, AppendCall, Rotated, append, put, quantised, rotated, slots_of
 from longburn.kernels.attend import Known
 from longburn.kernels.attend.call import unpacked
 
@@ -37,7 +38,8 @@ class KeyValues(NamedTuple):
     """What a layer attends to: keys and values `[B, K, S, D]` and their positions `[B|1, S0 + S]` (-1: empty).
 
     The first S0 slots are those of `before`, which lie elsewhere, where it is given. With `scales`, k and v are fp8.
-    `q` and `q_sink` are the queries that came with a `Rotation`, rotated.
+    `q` and `q_sink` are the queries that came with a `Rotation`, rotated. `extra` are the numbers `[B, C, S0 + S]` that
+    are kept beside every token.
     """
 
     k: Tensor
@@ -49,6 +51,7 @@ class KeyValues(NamedTuple):
     scales: Pair | None = None
     q: Tensor | None = None
     q_sink: Tensor | None = None
+    extra: Tensor | None = None
 
 
 class Buffers:
@@ -61,6 +64,7 @@ class Buffers:
         ring: slots that are reused after them; None if none are.
         dtype: of the keys and values that are written.
         packed: keep them as fp8 (e4m3) with one fp32 scale for every token and head. Kept sink tokens stay in `dtype`.
+        extra: further numbers for every token.
     """
 
     def __init__(
@@ -73,10 +77,11 @@ class Buffers:
         dtype: torch.dtype,
         device: torch.device,
         packed: bool,
+        extra: Extra = NO_EXTRA,
     ) -> None:
         B, K, D = shape
         self.shape, self.slots, self.sink_tokens, self.ring = shape, slots, sink_tokens, ring
-        self.dtype, self.device, self.packed = dtype, device, packed
+        self.dtype, self.device, self.packed, self.extra = dtype, device, packed, extra
         self._apart = sink_tokens if packed else 0  # slots that lie in `before`
 
         def pair(of: torch.dtype, *size: int) -> Pair:
@@ -86,21 +91,31 @@ class Buffers:
         self.k, self.v = pair(FP8 if packed else dtype, B, K, here, D)
         self.scales = pair(torch.float32, B, K, here) if packed else None
         self.before = pair(dtype, B, K, self._apart + 1, D) if self._apart else None
+        wide = torch.promote_types(dtype, torch.float32)
+        size = (B, extra.channels, slots + 1)
+        self._since = 0  # tokens written since sums were brought back near 0
+        self.numbers = torch.empty(size, dtype=wide, device=device) if extra.channels else None
         self.pos = torch.full((1, slots + 1), -1, dtype=torch.int64, device=device)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All of the memory, positions last."""
-        return self.k, self.v, *(self.scales or ()), *(self.before or ()), self.pos
+        numbers = () if self.numbers is None else (self.numbers,)
+        return self.k, self.v, *(self.scales or ()), *(self.before or ()), *numbers, self.pos
 
     @property
     def nbytes(self) -> int:
         """Bytes of all of it."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    def write(self, k: Tensor, v: Tensor, positions: Tensor, rotation: Rotation | None = None) -> Rotated:
-        """Put k and v `[B, K, T, D]` into the slots of their positions `[B|1, T]`, k after the rotation."""
+    def write(
+        self, k: Tensor, v: Tensor, positions: Tensor, rotation: Rotation | None = None, extra: Tensor | None = None
+    ) -> Rotated:
+        """Put k and v `[B, K, T, D]`, and numbers `[B, C, T]`, into the slots of their positions `[B|1, T]`."""
         turn = rotation or NO_ROTATION
+        if self.numbers is not None and extra is not None:
+            self._since += positions.shape[1]
+            put(self.numbers, slots_of(positions, self.sink_tokens, self.ring, self.slots), extra)
         return append(
             AppendCall(
                 *(k, v, positions, self.k, self.v, self.pos, self.sink_tokens, self.ring),
@@ -117,13 +132,15 @@ class Buffers:
         scales = None if self.scales is None else (self.scales[0][:, :, : n - a], self.scales[1][:, :, : n - a])
         before = None if self.before is None else (self.before[0][:, :, :a], self.before[1][:, :, :a])
         k, v = self.k[:, :, : n - a], self.v[:, :, : n - a]
-        return KeyValues(k, v, self.pos[:, :n], known, True, before, scales, *turned)
+        extra = None if self.numbers is None else self.numbers[:, :, :n]
+        return KeyValues(k, v, self.pos[:, :n], known, True, before, scales, *turned, extra)
 
-    def read(self, slots: Sequence[slice]) -> tuple[Tensor, Tensor, Tensor]:
-        """A copy of keys and values of these slots in turn, in the type in which they were written; and positions."""
+    def read(self, slots: Sequence[slice]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """A copy of keys and values of these slots in turn, in the type in which they were written; pos; numbers."""
         pos = torch.cat([self.pos[:, s] for s in slots], 1)
         k, v = (torch.cat([self._read(i, s) for s in slots], 2) for i in (0, 1))
-        return k, v, pos
+        extra = None if self.numbers is None else torch.cat([self.numbers[:, :, s] for s in slots], 2)
+        return k, v, pos, extra
 
     def _read(self, i: int, s: slice) -> Tensor:
         """Keys (0) or values (1) of some slots."""
@@ -153,6 +170,35 @@ class Buffers:
         pair = (torch.where(kept, x, unpacked(*quantised(x), x.dtype)) for x in (k, v))
         return next(pair), next(pair)
 
+    def before_first(self, positions: Tensor, *, sure: bool) -> Tensor:
+        """The numbers `[B, C]` of the token right before each row's first of `[B|1, T]`; 0 where a row begins or has
+        none.
+
+        Unless it is `sure` that these tokens are held, the device itself checks.
+        """
+        assert self.numbers is not None
+        far = torch.iinfo(torch.int64).max
+        first = torch.where(positions < 0, far, positions).amin(1, keepdim=True)
+        at = torch.where(first == far, 0, first) - 1
+        slot = slots_of(at, self.sink_tokens, self.ring, self.slots)
+        if not sure:
+            rows = max(slot.shape[0], self.pos.shape[0])
+            held = self.pos.expand(rows, -1).gather(1, slot.expand(rows, -1))
+            torch._assert_async((held == at).all(), "RollingKVCache.previous: the token right before is not held")
+        return torch.where(at >= 0, _in_slot(self.numbers, slot), 0)
+
+    def rebase(self, *, written: int = 0) -> None:
+        """When it is time, move sums of each row so that its newest token's are near 0.
+
+        `written` tokens came to be here by other hands.
+        """
+        self._since += written
+        if self.numbers is not None and self.extra.sums and self._since >= REBASED:
+            self._since = 0
+            at, slot = self.pos.max(1, keepdim=True)
+            newest = torch.where(at >= 0, _in_slot(self.numbers, slot), 0)
+            self.numbers -= newest.nan_to_num(0.0, 0.0, 0.0).trunc_().unsqueeze(-1)
+
     def grown(self, slots: int) -> "Buffers":
         """The same in more slots. Only for buffers that never wrap."""
         other = Buffers(
@@ -163,6 +209,7 @@ class Buffers:
             dtype=self.dtype,
             device=self.device,
             packed=self.packed,
+            extra=self.extra,
         )
         other.widen(self.pos.shape[0])
         for new, old in zip(other.tensors[:-1], self.tensors[:-1], strict=True):
@@ -175,3 +222,8 @@ class Buffers:
         """From one row of positions to one for every row of the batch."""
         if rows > self.pos.shape[0]:
             self.pos = self.pos.expand(rows, -1).clone()
+
+
+def _in_slot(numbers: Tensor, slot: Tensor) -> Tensor:
+    """The numbers `[B, C]` in one slot of each row, `[B|1, 1]`, of `[B, C, slots]`."""
+    return numbers.gather(2, slot.unsqueeze(1).expand(*numbers.shape[:2], 1))[..., 0]

@@ -29,6 +29,11 @@ class Extent:
         """One run for all rows as one a row, once rows have entries of their own."""
         return runs * batch if len(runs) == 1 and len(self._high) > 1 else runs
 
+    @property
+    def lost(self) -> bool:
+        """Whether the host knows nothing."""
+        return self._end is None
+
     def note(self, runs: Sequence[Run]) -> None:
         """These runs are written."""
         ends, highs = self._end, self._high

@@ -7,13 +7,16 @@ from typing import Protocol, overload
 import torch
 from torch import Tensor
 
+from longburn.cache.extra import NO_EXTRA, Extra
+from longburn.cache.geometry import geometry
 from longburn.cache.rolling import RollingKVCache
 from longburn.cache.step import Run, Step
 from longburn.cache.window import AttnWindow
 
 
 class CachedLayer(Protocol):
-    """What a layer says about the cache that it needs; `Attention` does."""
+    """What a layer says about the cache that it needs; `Attention` does. One whose bias keeps numbers for every token
+    has an `extra`, too."""
 
     window: AttnWindow
     kv_heads: int
@@ -40,6 +43,7 @@ class CacheManager(Sequence[RollingKVCache]):
         slack: slots beyond the window of every windowed layer: tokens that can be taken back (less one).
         dtype, device: of keys and values.
         packed: keep them as fp8, see `RollingKVCache`.
+        extra: of every layer, see `RollingKVCache`; default none.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class CacheManager(Sequence[RollingKVCache]):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         packed: bool = False,
+        extra: Sequence[Extra] | None = None,
     ) -> None:
         if batch < 1 or not windows or slack < 0 or (max_length is not None and max_length < 1):
             raise ValueError(
@@ -62,18 +67,12 @@ class CacheManager(Sequence[RollingKVCache]):
             )
         self.batch = batch
         self.max_length = max_length
+        numbers = extra or [NO_EXTRA] * len(windows)
+        shapes = [geometry(window, max_length, slack, n) for window, n in zip(windows, numbers, strict=True)]
+        sizes = (batch, kv_heads, head_dim)
         self._caches = tuple(
-            RollingKVCache(
-                batch,
-                kv_heads,
-                head_dim,
-                window=_within(window, max_length, slack),
-                capacity=_capacity(window, max_length, slack),
-                dtype=dtype,
-                device=device,
-                packed=packed,
-            )
-            for window in windows
+            RollingKVCache(*sizes, window=w, capacity=c, dtype=dtype, device=device, packed=packed, extra=n)
+            for (w, c), n in zip(shapes, numbers, strict=True)
         )
         self._device = torch.device(device)
         self._next = [0]  # the next position of every row, or one for all rows
@@ -112,6 +111,7 @@ class CacheManager(Sequence[RollingKVCache]):
             dtype=dtype,
             device=device,
             packed=packed,
+            extra=[getattr(layer, "extra", NO_EXTRA) for layer in layers],
         )
 
     def __len__(self) -> int:
@@ -302,19 +302,3 @@ class CacheManager(Sequence[RollingKVCache]):
 def _spread(values: list[int], rows: int) -> list[int]:
     """One value for all rows, or already one a row, as one a row."""
     return values if len(values) == rows else values * rows
-
-
-def _wraps(window: AttnWindow, max_length: int | None, slack: int) -> bool:
-    """Whether a stream of at most `max_length` ever reuses a slot."""
-    return window.size is not None and (max_length is None or max_length > window.sink_tokens + window.size + slack)
-
-
-def _within(window: AttnWindow, max_length: int | None, slack: int) -> AttnWindow:
-    """The geometry of the layer's cache: a window that the stream never fills needs no ring."""
-    return window if _wraps(window, max_length, slack) else AttnWindow(lookahead=window.lookahead, block=window.block)
-
-
-def _capacity(window: AttnWindow, max_length: int | None, slack: int) -> int | None:
-    if window.size is None or not _wraps(window, max_length, slack):
-        return max_length
-    return window.sink_tokens + window.size + slack

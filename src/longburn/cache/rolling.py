@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from longburn.cache.buffers import NO_ROTATION, Buffers, KeyValues, Rotation
+from longburn.cache.checks import check_consecutive, check_new, check_restart
 from longburn.cache.extent import Extent
+from longburn.cache.extra import NO_EXTRA, Extra, span
 from longburn.cache.step import Run, Step
 from longburn.cache.window import AttnWindow
 from longburn.kernels.append import Rotated
@@ -35,6 +37,7 @@ class RollingKVCache:
         dtype, device: of keys and values.
         packed: keep keys and values as fp8 (e4m3) with one fp32 scale for every token and head, about half the bytes of
             bf16; kept sink tokens stay in `dtype`. Queries then attend to the rounded numbers.
+        extra: numbers to keep for every token, for a bias.
 
     Raises:
         ValueError: the capacity cannot hold the window, or the window sees later keys.
@@ -51,17 +54,19 @@ class RollingKVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         packed: bool = False,
+        extra: Extra = NO_EXTRA,
     ) -> None:
         window = window or AttnWindow()
         if not window.streams:
             raise ValueError(
                 f"RollingKVCache: lookahead {window.lookahead}: a cache cannot hold keys that are yet to come"
             )
-        need = 1 if window.size is None else window.sink_tokens + window.size
+        self._span = None if window.size is None else span(window.size, extra)
+        need = 1 if self._span is None else window.sink_tokens + self._span
         if capacity is not None and capacity < need:
             raise ValueError(
                 f"RollingKVCache: capacity {capacity} is below {need} "
-                f"(sink_tokens {window.sink_tokens} + window {window.size}); give at least that many slots"
+                f"(sink_tokens {window.sink_tokens} + window {self._span}); give at least that many slots"
             )
         self.window = window
         self.batch = batch
@@ -75,6 +80,7 @@ class RollingKVCache:
             dtype=dtype,
             device=torch.device(device),
             packed=packed,
+            extra=extra,
         )
         self._extent = Extent()
 
@@ -93,14 +99,15 @@ class RollingKVCache:
     @property
     def slack(self) -> int:
         """Slots beyond kept sink tokens and window."""
-        return 0 if self.window.size is None else self.slots - self.window.sink_tokens - self.window.size
+        return 0 if self._span is None else self.slots - self.window.sink_tokens - self._span
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values and positions: `2 * B * K * (slots + 1) * D * itemsize + 8 * rows * (slots + 1)`.
 
         The one slot beyond `slots` takes the writes of columns that hold no token. In fp8 a number is one byte and
-        every token and head have 4 more for a scale, twice; kept sink tokens, and one slot more, lie apart.
+        every token and head have 4 more for a scale, twice; kept sink tokens, and one slot more, lie apart. Extra
+        numbers are `B * C * (slots + 1)` of at least fp32.
         """
         return self._buffers.nbytes
 
@@ -111,33 +118,57 @@ class RollingKVCache:
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    def update(self, k: Tensor, v: Tensor, positions: Step | Tensor, *, rotation: Rotation | None = None) -> KeyValues:
+    def update(
+        self,
+        k: Tensor,
+        v: Tensor,
+        positions: Step | Tensor,
+        *,
+        rotation: Rotation | None = None,
+        extra: Tensor | None = None,
+    ) -> KeyValues:
         """Write this call's keys and values (`[B, K, T, D]`) and return all that its queries may need to see.
 
-        With a rotation, k is rotated on its way, and its queries come back rotated beside the keys.
-        Positions `[B|1, T]` go on where the row stands, or write again what it holds; -1 is written nowhere.
-        A chunk that would push out keys its own first queries still see is attended to together with the old keys,
-        before any of them is overwritten.
+        With a rotation, k is rotated on its way, and its queries come back rotated beside the keys. `extra` are the
+        new tokens' numbers `[B, C, T]`. Positions `[B|1, T]` go on where the row stands, or write again what it holds;
+        -1 is written nowhere. A chunk that would push out keys its own first queries still see is attended to together
+        with the old keys, before any of them is overwritten.
 
         Raises:
             ValueError: shapes or types disagree with the cache, a fixed capacity is full, or positions lie so far back
                 that keys of their windows are gone. Nothing is written then.
         """
         step = Step.of(positions)
-        self._check(k, v, step)
+        check_new(self._buffers, k, v, extra, step)
         self._reserve(step)
         runs = self._extent.runs(step, self.batch)
         if runs is None:
             self._extent.forget(step.bound)
             self._widen(step.positions.shape[0])
         else:
-            self._check_restart(runs)
+            check_restart(runs, map(self.earliest_restart, range(len(runs))), self.window.size, self.slack)
             self._widen(len(runs))
         turn = rotation or NO_ROTATION
-        if self.ring is None or step.length <= self.slack + 1 or (runs and all(self._in_place(run) for run in runs)):
-            return self._update_in_place(k, v, step, runs, turn)
+        if (
+            self.ring is None
+            or step.length <= self.slack + 1
+            or (runs and all(r.end <= self.slots or r.size <= self.slack + 1 for r in runs))
+        ):
+            return self._update_in_place(k, v, step, runs, turn, extra)
         k, turned = turn.apply(k)
-        return self._update_past_window(k, v, step, runs, turned)
+        return self._update_past_window(k, v, step, runs, turned, extra)
+
+    def previous(self, positions: Step | Tensor) -> Tensor:
+        """The extra numbers `[B, C]` of the token right before the first of these positions; 0 at the start of a row.
+
+        Raises:
+            ValueError: the positions are not consecutive, or do not go on from a token that is held.
+        """
+        step = Step.of(positions)
+        known = check_consecutive(self._extent, step, self.batch)
+        if not step.fits:  # a step that is recorded would do it every time
+            self._buffers.rebase()
+        return self._buffers.before_first(step.positions, sure=known or step.fits)
 
     # A step that is recorded once and then run again does not come through `update`.
 
@@ -161,6 +192,7 @@ class RollingKVCache:
         """The step, which `takes` allowed, was written by other hands."""
         assert step.runs is not None
         self._extent.note(self._extent.spread(step.runs, self.batch))
+        self._buffers.rebase(written=step.length)
 
     def bookmark(self) -> Extent:
         """What the host knows now, for `restore`."""
@@ -170,13 +202,10 @@ class RollingKVCache:
         """Forget what was noted since the bookmark."""
         self._extent = mark
 
-    def _in_place(self, run: Run) -> bool:
-        return run.end <= self.slots or run.size <= self.slack + 1
-
     def _update_in_place(
-        self, k: Tensor, v: Tensor, step: Step, runs: Sequence[Run] | None, turn: Rotation
+        self, k: Tensor, v: Tensor, step: Step, runs: Sequence[Run] | None, turn: Rotation, extra: Tensor | None
     ) -> KeyValues:
-        turned = self._buffers.write(k, v, step.positions, turn)
+        turned = self._buffers.write(k, v, step.positions, turn, extra)
         n, known = self.slots, None
         if runs is not None:
             self._extent.note(runs)
@@ -185,36 +214,40 @@ class RollingKVCache:
         return self._buffers.view(n, known, turned)
 
     def _update_past_window(
-        self, k: Tensor, v: Tensor, step: Step, runs: Sequence[Run] | None, turned: Rotated
+        self, k: Tensor, v: Tensor, step: Step, runs: Sequence[Run] | None, turned: Rotated, extra: Tensor | None
     ) -> KeyValues:
         """A chunk beyond the slack: attended to together with the old keys, and written after those were copied."""
         unrounded = k, v
         k, v = self._buffers.rounded(k, v, step.positions)
         if runs is not None and len(runs) == 1:
-            result = self._old_and_new(k, v, step, runs[0], turned)
+            result = self._old_and_new(k, v, step, runs[0], turned, extra)
         else:
-            old_k, old_v, held = self._buffers.read([slice(0, self.slots)])
+            old_k, old_v, held, numbers = self._buffers.read([slice(0, self.slots)])
             pos = step.positions.expand(held.shape[0], -1)
             first = torch.where(pos >= 0, pos, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
             pos = torch.cat([torch.where(held < first, held, -1), pos], 1)
-            result = KeyValues(k, v, pos, None, False, (old_k, old_v), None, *turned)
-        self._buffers.write(*unrounded, step.positions)
+            result = KeyValues(k, v, pos, None, False, (old_k, old_v), None, *turned, _after(numbers, extra))
+        self._buffers.write(*unrounded, step.positions, extra=extra)
         if runs is not None:
             self._extent.note(runs)
         return result
 
-    def _old_and_new(self, k: Tensor, v: Tensor, step: Step, run: Run, turned: Rotated) -> KeyValues:
+    def _old_and_new(
+        self, k: Tensor, v: Tensor, step: Step, run: Run, turned: Rotated, extra: Tensor | None
+    ) -> KeyValues:
         """The keys that the run's first query still sees, in order, and then the run's own."""
         assert self.window.size is not None
         sinks = self.window.sink_tokens
         low = max(run.start - self.window.size + 1, sinks)
-        old_k, old_v, pos = self._buffers.read([slice(0, min(sinks, run.start)), *self._buffers.turns(low, run.start)])
+        old = [slice(0, min(sinks, run.start)), *self._buffers.turns(low, run.start)]
+        old_k, old_v, pos, numbers = self._buffers.read(old)
         new = slice(run.offset, run.offset + run.size)
+        numbers = _after(numbers, None if extra is None else extra[:, :, new])
         pos = torch.cat([pos, step.positions[:, new]], 1)
         head, first = (0, 0) if low == sinks else (sinks, low)
         known = Known(run.start, run.size, pos.shape[1], head, first, True, run.offset)
         before = (old_k, old_v) if old_k.shape[2] else None
-        return KeyValues(k[:, :, new], v[:, :, new], pos, (known,), False, before, None, *turned)
+        return KeyValues(k[:, :, new], v[:, :, new], pos, (known,), False, before, None, *turned, numbers)
 
     # --- going back --------------------------------------------------------------------------------------------------
 
@@ -249,41 +282,7 @@ class RollingKVCache:
             self._buffers.widen(self.batch)
         self._extent.widen(rows)
 
-    # --- checks and memory -------------------------------------------------------------------------------------------
-
-    def _check(self, k: Tensor, v: Tensor, step: Step) -> None:
-        (B, K, D), dtype, device = self._buffers.shape, self._buffers.dtype, self._buffers.device
-        wanted = (B, K, step.length, D)
-        for name, given in (("k", k), ("v", v)):
-            if tuple(given.shape) != wanted:
-                raise ValueError(
-                    f"RollingKVCache.update: {name} is {tuple(given.shape)}, wanted {wanted} "
-                    f"(batch {wanted[0]}, kv_heads {wanted[1]}, positions {wanted[2]}, head_dim {wanted[3]})"
-                )
-            if given.dtype != dtype or given.device != device:
-                raise ValueError(
-                    f"RollingKVCache.update: {name} is {given.dtype} on {given.device}, "
-                    f"the cache {dtype} on {device}; build it with the model's dtype and device"
-                )
-        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
-            raise ValueError(
-                "RollingKVCache.update: gradients do not flow through a cache; "
-                "use torch.no_grad(), or train without one"
-            )
-        if step.positions.shape[0] not in (1, self.batch):
-            raise ValueError(
-                f"RollingKVCache.update: positions have {step.positions.shape[0]} rows, wanted 1 or {self.batch}"
-            )
-
-    def _check_restart(self, runs: Sequence[Run]) -> None:
-        for row, run in enumerate(runs):
-            earliest = self.earliest_restart(row)
-            if run.size and run.start < earliest:
-                raise ValueError(
-                    f"RollingKVCache.update: row {row} goes back to position {run.start}, but its window is whole only "
-                    f"from {earliest} on (window {self.window.size}, slack {self.slack}); "
-                    "build the cache with more slack, or reset the row"
-                )
+    # --- memory ------------------------------------------------------------------------------------------------------
 
     def reserve(self, positions: int) -> None:
         """Room for so many positions of every row in a layer that never wraps; in a ring there is nothing to do.
@@ -310,3 +309,7 @@ class RollingKVCache:
             torch._assert_async((step.positions < self.slots).all(), "RollingKVCache.update: capacity exceeded")
         else:
             self.reserve(int(step.positions.max()) + 1)
+
+
+def _after(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    return None if old is None or new is None else torch.cat([old, new], 2)

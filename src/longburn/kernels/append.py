@@ -71,31 +71,36 @@ def rotated(
     return k, Rotated(q, q_sink)
 
 
+def slots_of(positions: Tensor, sink_tokens: int, ring: int | None, nowhere: int) -> Tensor:
+    """The slots `[B, T]` of positions `[B, T]`, by the rule of `AppendCall`; `nowhere` for what is not written."""
+    kept, slot = positions >= 0, positions
+    if ring is not None:
+        slot = torch.where(positions < sink_tokens, positions, sink_tokens + (positions - sink_tokens) % ring)
+        if ring < positions.shape[1]:
+            kept = kept & ((positions < sink_tokens) | (positions > positions.amax(1, keepdim=True) - ring))
+    return torch.where(kept, slot, nowhere)
+
+
 def _reference(call: AppendCall) -> Rotated:
-    held, sinks, ring = call.held, call.sink_tokens, call.ring
+    held, sinks = call.held, call.sink_tokens
     k, result = rotated(call.k, call.q, call.angles, call.sink_angles, call.interleaved)
     nowhere = held.shape[1] - 1
     pos = call.positions.expand(held.shape[0], -1)
-    kept, slot = pos >= 0, pos
-    if ring is not None:
-        slot = torch.where(pos < sinks, pos, sinks + (pos - sinks) % ring)
-        if ring < pos.shape[1]:
-            kept = kept & ((pos < sinks) | (pos > pos.amax(1, keepdim=True) - ring))
-    slot = torch.where(kept, slot, nowhere)
-    held.scatter_(1, slot, torch.where(kept, pos, -1))
+    slot = slots_of(pos, sinks, call.ring, nowhere)
+    held.scatter_(1, slot, torch.where(slot == nowhere, -1, pos))
     if call.before is not None:
         for cache, x in zip(call.before, (k, call.v), strict=True):
-            _put(cache, slot.clamp(max=sinks), x)
+            put(cache, slot.clamp(max=sinks), x)
         slot = torch.where(slot < sinks, nowhere, slot) - sinks
     for i, (cache, x) in enumerate(((call.k_cache, k), (call.v_cache, call.v))):
         if call.scales is not None:
             x, scale = quantised(x)
-            _put(call.scales[i], slot, scale)
-        _put(cache, slot, x)
+            put(call.scales[i], slot, scale)
+        put(cache, slot, x)
     return result
 
 
-def _put(cache: Tensor, slot: Tensor, x: Tensor) -> None:
+def put(cache: Tensor, slot: Tensor, x: Tensor) -> None:
     """x `[B, K, T, ...]` into the slots `[B|1, T]` of a cache `[B, K, slots, ...]`."""
     if cache.dtype == FP8:  # PyTorch copies numbers of this type, but not to indices
         cache, x = cache.view(torch.uint8), x.view(torch.uint8)
