@@ -42,7 +42,7 @@ class FiniteScalarQuantizer(nn.Module):
         numbers = F.linear(x.to(wide), self.project_in.weight.to(wide), self.project_in.bias.to(wide))
         ids, place = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device), 1
         for levels, y in zip(self.levels, numbers.unbind(-1), strict=True):
-            bound = 1 + 1 / (levels - 1)  # a little beyond 1, so that the outermost levels are reached
+            bound = 1 + 1 / (levels - 1)  # beyond 1 by half a step: the outermost levels are as wide as the others
             y = torch.tanh(y / bound) * bound
             level = torch.floor((levels - 1) * (y.clamp(-1, 1) + 1) / 2 + 0.5)
             ids, place = ids + place * level.long(), place * levels
