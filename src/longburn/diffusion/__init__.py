@@ -8,7 +8,7 @@ from longburn.diffusion.guidance import (
     double_condition,
     zero_star,
 )
-from longburn.diffusion.run import OnStep, SamplingCancelledError, draw_noise, run_steps, seeded
+from longburn.diffusion.run import Cancelled, OnStep, SamplingCancelledError, Velocity, draw_noise, run_steps, seeded
 from longburn.diffusion.schedules import (
     Schedule,
     flow_schedule,
@@ -23,10 +23,12 @@ from longburn.diffusion.steppers import denoised, euler, heun, noised, omega_wei
 
 __all__ = [
     "AdaptiveProjected",
+    "Cancelled",
     "OnStep",
     "SamplingCancelledError",
     "Schedule",
     "StepInterval",
+    "Velocity",
     "angle_based",
     "classifier_free",
     "denoised",

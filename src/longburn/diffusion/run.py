@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+Velocity = Callable[[Tensor, float], Tensor]  # of x at a noise level: noise - data, as a model predicts it
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
+Cancelled = Callable[[], bool]
 
 
 class SamplingCancelledError(RuntimeError):
@@ -57,9 +59,7 @@ def draw_noise(
     return torch.cat([draw(1, generator) for generator in generators])
 
 
-def run_steps(
-    steps: range, *, on_step: OnStep | None = None, cancelled: Callable[[], bool] | None = None
-) -> Iterator[int]:
+def run_steps(steps: range, *, on_step: OnStep | None = None, cancelled: Cancelled | None = None) -> Iterator[int]:
     """Count through a run, `for step in run_steps(range(n))`.
 
     Args:
