@@ -27,6 +27,25 @@ def seen_distances(context: BiasContext) -> tuple[int, int] | None:
     return min(low, 0), max(high, 0)
 
 
+def last_query(context: BiasContext) -> int | None:
+    """The last position of the call's queries, as far as the host knows it."""
+    ends = _ends(context)
+    return None if ends is None else ends[0][1]
+
+
+def fewer_numbers(span: tuple[int, int] | None, context: BiasContext) -> tuple[int, int] | None:
+    """The distances of a table if that is less than a number for every query and key; None if not, or if unknown."""
+    rows = max(context.q_pos.shape[0], context.k_pos.shape[0])
+    written = rows * context.q_pos.shape[1] * context.k_pos.shape[1]
+    return span if span is not None and span[1] - span[0] < written else None
+
+
+def written_out(bias: Tensor) -> BiasTerms:
+    """A bias `[H, B|1, T, S]` with a number for every query and key."""
+    bias = bias.transpose(0, 1)
+    return BiasTerms(key=bias[:, :, 0]) if bias.shape[2] == 1 else BiasTerms(dense=bias)
+
+
 def _ends(context: BiasContext) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """The first and last position of the call's queries, and of its keys."""
     if context.known is not None:
@@ -83,20 +102,17 @@ class DistancePolicy(Policy):
         if span is not None:
             return BiasTerms(table=self.table(*span, context.q.device, dtype), zero=-span[0])
         distance = context.q_pos[:, :, None] - context.k_pos[:, None, :]
-        bias = self.at(distance, dtype).transpose(0, 1)
-        return BiasTerms(key=bias[:, :, 0]) if distance.shape[1] == 1 else BiasTerms(dense=bias)
+        return written_out(self.at(distance, dtype))
 
     def writes_rows(self, context: BiasContext) -> bool:
         return self._span(context) is None
 
     def _span(self, context: BiasContext) -> tuple[int, int] | None:
-        """The distances of the table; None if a number for every query and key is less, or the host knows no end."""
         span = seen_distances(context)
         if self.ends is not None:
             low, high = span or self.ends
             span = max(low, self.ends[0]), min(high, self.ends[1])
-        written = max(context.q_pos.shape[0], context.k_pos.shape[0]) * context.q_pos.shape[1] * context.k_pos.shape[1]
-        return span if span is not None and span[1] - span[0] < written else None
+        return fewer_numbers(span, context)
 
 
 def check_heads(policy: nn.Module, heads: int, context: BiasContext) -> None:
