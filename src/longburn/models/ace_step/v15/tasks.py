@@ -1,0 +1,122 @@
+"""What ACE-Step 1.5's transformer is told besides the conditions, by task, and the velocity that a sampler runs.
+
+| task | source of the context | span |
+|---|---|---|
+| text to music | silence | None |
+| the same, with a planner's codes | their hints (`AceStep15.hints`) | None |
+| cover | hints of the recording's own tokens | None |
+| repaint | the recording's latents | what to replace, with silence in it |
+| lego | the recording's latents | what to add to, without silence |
+| extract, complete | the recording's latents | None |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from longburn.attention import CrossKeyValues
+from longburn.models.ace_step.v15.config import FRAME_RATE
+from longburn.models.ace_step.v15.dit import AceStepDiT, Modulation
+
+Span = tuple[int, int]
+
+
+def frame_span(start: float, end: float, frames: int) -> Span:
+    """Frames of a span in seconds, cut to those that there are; at least one. Parts of frames are dropped.
+
+    Raises:
+        ValueError: the span is empty, or does not touch the recording.
+    """
+    if not (start < end and end > 0 and start * FRAME_RATE < frames):
+        raise ValueError(f"frame_span: {start} to {end} s of {frames / FRAME_RATE} s; wanted start < end within them")
+    first = max(int(start * FRAME_RATE), 0)
+    return first, min(max(int(end * FRAME_RATE), first + 1), frames)
+
+
+def context_latents(source: Tensor, *, span: Span | None = None, silence: Tensor | None = None) -> Tensor:
+    """Source latents `[B, N, C]` beside the mask of what is to be made: `[B, N, 2 C]`.
+
+    Args:
+        source: see the table above.
+        span: the frames that are to be made; None is all of them.
+        silence: `[1, N, C]`, in place of the source within the span (repaint).
+
+    Raises:
+        ValueError: the span is empty or leaves the source, or silence comes without a span or in another shape.
+    """
+    frames = source.shape[1]
+    if span is not None and not 0 <= span[0] < span[1] <= frames:
+        raise ValueError(f"context_latents: span is {span}, wanted 0 <= start < end <= {frames}, the source's frames")
+    if silence is not None and (span is None or silence.shape != (1, *source.shape[1:])):
+        raise ValueError(
+            f"context_latents: silence {tuple(silence.shape)} with span {span} beside a source {tuple(source.shape)}; "
+            "wanted a span, and silence of one row with as many frames"
+        )
+    mask = torch.ones_like(source)
+    if span is not None:
+        mask[:, : span[0]] = 0
+        mask[:, span[1] :] = 0
+    if silence is not None:
+        source = torch.where(mask > 0, silence.to(source), source)
+    return torch.cat([source, mask], -1)
+
+
+class DiTVelocity:
+    """The velocity of a transformer under one context and one set of conditions, for `sample`.
+
+    Keys and values of the conditions are computed here, once; what a noise level modulates, when it first comes.
+
+    Args:
+        dit: the transformer.
+        context: `[B, N, 128]` (`context_latents`).
+        hidden: conditions `[B, S, C]`.
+        null: `[1, 1, C]`, what stands for no conditions (`ConditionEncoder.null`). Wanted for guidance: x of 2 B rows
+            then gives the velocities with `hidden`, and after them those with it.
+        mask: bool `[B, S]`, where there is a condition; None attends to all, padding too, as the released pipelines
+            do.
+
+    Raises:
+        ValueError: shapes that disagree.
+    """
+
+    def __init__(
+        self,
+        dit: AceStepDiT,
+        context: Tensor,
+        hidden: Tensor,
+        *,
+        null: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> None:
+        B = context.shape[0]
+        if hidden.dim() != 3 or hidden.shape[0] != B:
+            raise ValueError(
+                f"DiTVelocity: conditions {tuple(hidden.shape)} for {B} rows of context, wanted [{B}, S, C]"
+            )
+        self.dit = dit
+        self.dtype = dit.table.dtype
+        self.context = {B: context}
+        both = None if mask is None else torch.cat([mask, mask])
+        if null is not None:
+            every = dit.conditions(torch.cat([hidden, null.to(hidden).expand_as(hidden)]), both)
+            self.context[2 * B] = torch.cat([context, context])
+            self.conditions = {B: _first(every, B), 2 * B: every}
+        else:
+            self.conditions = {B: dit.conditions(hidden, mask)}
+        self._modulations: dict[float, Modulation] = {}
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        """Velocity of x `[B, N, 64]` or, with a null condition, `[2 B, N, 64]`, in the transformer's type."""
+        if (rows := x.shape[0]) not in self.context:
+            raise ValueError(f"DiTVelocity: x has {rows} rows, wanted {' or '.join(map(str, self.context))}")
+        if t not in self._modulations:
+            (self._modulations[t],) = self.dit.modulations((t,))
+        return self.dit.forward(x.to(self.dtype), self._modulations[t], self.context[rows], self.conditions[rows])
+
+
+def _first(conditions: Sequence[CrossKeyValues], rows: int) -> tuple[CrossKeyValues, ...]:
+    """The first rows of conditions, as views. Positions may be shared by all rows."""
+    return tuple(held._replace(k=held.k[:rows], v=held.v[:rows], pos=held.pos[:rows]) for held in conditions)
