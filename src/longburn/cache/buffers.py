@@ -114,8 +114,8 @@ class Buffers:
         """Put k and v `[B, K, T, D]`, and numbers `[B, C, T]`, into the slots of their positions `[B|1, T]`."""
         turn = rotation or NO_ROTATION
         if self.numbers is not None and extra is not None:
-            self._since += positions.shape[1]
-            put(self.numbers, slots_of(positions, self.sink_tokens, self.ring, self.slots), extra)
+            self.wrote(positions.shape[1])
+            self.put_extra(positions, extra)
         return append(
             AppendCall(
                 *(k, v, positions, self.k, self.v, self.pos, self.sink_tokens, self.ring),
@@ -124,6 +124,11 @@ class Buffers:
                 before=self.before,
             )
         )
+
+    def put_extra(self, positions: Tensor, extra: Tensor) -> None:
+        """Put numbers `[B, C, T]` into the slots of these positions `[B|1, T]`."""
+        assert self.numbers is not None
+        put(self.numbers, slots_of(positions, self.sink_tokens, self.ring, self.slots), extra)
 
     def view(self, n: int, known: tuple[Known, ...] | None, turned: Rotated) -> KeyValues:
         """The first n slots, in place."""
@@ -187,12 +192,12 @@ class Buffers:
             torch._assert_async((held == at).all(), "RollingKVCache.previous: the token right before is not held")
         return torch.where(at >= 0, _in_slot(self.numbers, slot), 0)
 
-    def rebase(self, *, written: int = 0) -> None:
-        """When it is time, move sums of each row so that its newest token's are near 0.
+    def wrote(self, tokens: int) -> None:
+        """So many tokens a row came to be here, by `write` or by other hands."""
+        self._since += tokens
 
-        `written` tokens came to be here by other hands.
-        """
-        self._since += written
+    def rebase(self) -> None:
+        """When it is time, move sums of each row so that its newest token's are near 0."""
         if self.numbers is not None and self.extra.sums and self._since >= REBASED:
             self._since = 0
             at, slot = self.pos.max(1, keepdim=True)

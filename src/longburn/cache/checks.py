@@ -46,13 +46,18 @@ def check_new(buffers: Buffers, k: Tensor, v: Tensor, extra: Tensor | None, step
         )
 
 
-def check_consecutive(extent: Extent, step: Step, batch: int) -> bool:
+def check_consecutive(buffers: Buffers, extent: Extent, step: Step) -> bool:
     """Whether the host knows that every row goes on from a token that it holds; False where it knows nothing.
 
     Raises:
-        ValueError: it knows that a row does not.
+        ValueError: it knows that a row does not, or no numbers are kept.
     """
-    if extent.runs(step, batch) is not None:
+    if buffers.numbers is None:
+        raise ValueError(
+            "RollingKVCache.previous: the cache keeps no numbers for a bias; "
+            "build it with CacheManager.for_layers, which asks the layer's bias"
+        )
+    if extent.runs(step, buffers.shape[0]) is not None:
         return True
     if not extent.lost and (step.runs is not None or step.bound is not None):
         raise ValueError(

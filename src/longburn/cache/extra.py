@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 REBASED = 32  # tokens after which running sums are brought back near 0
 
 
@@ -23,3 +26,8 @@ NO_EXTRA = Extra()
 def span(size: int, extra: Extra) -> int:
     """Tokens that a window of `size` must find: also the one right before a new token, from which its numbers go on."""
     return max(size, 2) if extra.channels else size
+
+
+def joined(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """Numbers of old tokens and of new ones, where there are any."""
+    return None if old is None or new is None else torch.cat([old, new], 2)

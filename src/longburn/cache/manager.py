@@ -210,6 +210,8 @@ class CacheManager(Sequence[RollingKVCache]):
             runs = step.runs * self.batch if len(step.runs) == 1 else step.runs
             nexts = self.row_positions
             self._next = [run.end if run.size else at for run, at in zip(runs, nexts, strict=True)]
+        for cache in self._caches:
+            cache.rebase()
 
     @contextmanager
     def fixed_step(self, positions: Tensor) -> Iterator[None]:

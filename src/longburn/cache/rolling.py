@@ -9,7 +9,7 @@ from torch import Tensor
 from longburn.cache.buffers import NO_ROTATION, Buffers, KeyValues, Rotation
 from longburn.cache.checks import check_consecutive, check_new, check_restart
 from longburn.cache.extent import Extent
-from longburn.cache.extra import NO_EXTRA, Extra, span
+from longburn.cache.extra import NO_EXTRA, Extra, joined, span
 from longburn.cache.step import Run, Step
 from longburn.cache.window import AttnWindow
 from longburn.kernels.append import Rotated
@@ -162,13 +162,21 @@ class RollingKVCache:
         """The extra numbers `[B, C]` of the token right before the first of these positions; 0 at the start of a row.
 
         Raises:
-            ValueError: the positions are not consecutive, or do not go on from a token that is held.
+            ValueError: there are no such numbers, or the positions do not go on from a token that is held.
         """
         step = Step.of(positions)
-        known = check_consecutive(self._extent, step, self.batch)
+        known = check_consecutive(self._buffers, self._extent, step)
         if not step.fits:  # a step that is recorded would do it every time
-            self._buffers.rebase()
+            self.rebase()
         return self._buffers.before_first(step.positions, sure=known or step.fits)
+
+    def renew(self, positions: Tensor, extra: Tensor) -> None:
+        """Put other extra numbers `[B, C, S]` beside tokens that are held, those at these positions `[B|1, S]`."""
+        self._buffers.put_extra(positions, extra)
+
+    def rebase(self) -> None:
+        """Bring extra numbers that are sums back near 0 when it is time; between two calls."""
+        self._buffers.rebase()
 
     # A step that is recorded once and then run again does not come through `update`.
 
@@ -192,7 +200,7 @@ class RollingKVCache:
         """The step, which `takes` allowed, was written by other hands."""
         assert step.runs is not None
         self._extent.note(self._extent.spread(step.runs, self.batch))
-        self._buffers.rebase(written=step.length)
+        self._buffers.wrote(step.length)
 
     def bookmark(self) -> Extent:
         """What the host knows now, for `restore`."""
@@ -226,7 +234,7 @@ class RollingKVCache:
             pos = step.positions.expand(held.shape[0], -1)
             first = torch.where(pos >= 0, pos, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
             pos = torch.cat([torch.where(held < first, held, -1), pos], 1)
-            result = KeyValues(k, v, pos, None, False, (old_k, old_v), None, *turned, _after(numbers, extra))
+            result = KeyValues(k, v, pos, None, False, (old_k, old_v), None, *turned, joined(numbers, extra))
         self._buffers.write(*unrounded, step.positions, extra=extra)
         if runs is not None:
             self._extent.note(runs)
@@ -242,7 +250,7 @@ class RollingKVCache:
         old = [slice(0, min(sinks, run.start)), *self._buffers.turns(low, run.start)]
         old_k, old_v, pos, numbers = self._buffers.read(old)
         new = slice(run.offset, run.offset + run.size)
-        numbers = _after(numbers, None if extra is None else extra[:, :, new])
+        numbers = joined(numbers, None if extra is None else extra[:, :, new])
         pos = torch.cat([pos, step.positions[:, new]], 1)
         head, first = (0, 0) if low == sinks else (sinks, low)
         known = Known(run.start, run.size, pos.shape[1], head, first, True, run.offset)
@@ -309,7 +317,3 @@ class RollingKVCache:
             torch._assert_async((step.positions < self.slots).all(), "RollingKVCache.update: capacity exceeded")
         else:
             self.reserve(int(step.positions.max()) + 1)
-
-
-def _after(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-    return None if old is None or new is None else torch.cat([old, new], 2)
