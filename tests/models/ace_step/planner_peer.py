@@ -76,8 +76,21 @@ def save(directory: Path, model: Any) -> Path:
     return directory
 
 
-def guided(model: Any, rows: list[list[int]], made: list[int], scale: float) -> torch.Tensor:
-    """Logits `[V]` after the rows and what was made, from whole sequences without a cache."""
-    with torch.no_grad():
-        logits = [model(torch.tensor([[*row, *made]])).logits[0, -1] for row in rows]
-    return logits[0] if scale == 1 else logits[1] + scale * (logits[0] - logits[1])
+class Guided:
+    """Guided logits of transformers' model, over its own cache: of one row, or of a pair."""
+
+    def __init__(self, model: Any, rows: list[list[int]], scale: float) -> None:
+        self._model, self._scale = model, scale
+        self._rows = [(row, None) for row in (rows if scale != 1 else rows[:1])]
+        self._read = 0
+
+    def __call__(self, made: list[int]) -> torch.Tensor:
+        """Logits `[V]` after the rows and what was made, which goes on from the last call's."""
+        new, self._read = made[self._read :], len(made)
+        logits: list[torch.Tensor] = []
+        with torch.no_grad():
+            for i, (row, held) in enumerate(self._rows):
+                out = self._model(torch.tensor([[*(row if held is None else ()), *new]]), past_key_values=held)
+                self._rows[i] = (row, out.past_key_values)
+                logits.append(out.logits[0, -1])
+        return logits[0] if len(logits) == 1 else logits[1] + self._scale * (logits[0] - logits[1])

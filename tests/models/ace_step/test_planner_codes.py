@@ -1,5 +1,6 @@
-"""Audio codes of planned songs against transformers' Qwen3 in fp64, step by step without a cache."""
+"""Audio codes of planned songs against transformers' Qwen3 in fp64, step by step."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,10 @@ def planner(tmp_path_factory: pytest.TempPathFactory) -> Planner:
 def expected(planner: Planner, peer: Any, song: SongRequest, plan: SongPlan, sampling: PlannerSampling) -> list[int]:
     """Greedy: the best valid code, `int(5 * duration)` times, both rows continued with it."""
     rows = [planner.prompts.codes(song, plan), planner.prompts.codes_without(song)]
-    made: list[int] = []
+    made, score = list[int](), planner_peer.Guided(peer, rows, sampling.guidance)
     first = planner.tokens.first
     for _ in range(int(5 * song.duration)):
-        logits = planner_peer.guided(peer, rows, made, sampling.guidance)
-        valid = logits[first : first + planner_peer.CODES]
+        valid = score(made)[first : first + planner_peer.CODES]
         if sampling.repetition_penalty != 1:
             for code in {token - first for token in made}:
                 valid[code] *= sampling.repetition_penalty if valid[code] < 0 else 1 / sampling.repetition_penalty
@@ -66,8 +66,6 @@ def test_greedy_codes_are_those_of_transformers(planner: Planner, peer: Any, set
 
 @pytest.mark.parametrize("sampling", [PlannerSampling(seed=3), PlannerSampling(seed=8, guidance=1.0, top_k=7)], ids=str)
 def test_a_song_is_the_same_alone_and_in_a_batch(planner: Planner, sampling: PlannerSampling) -> None:
-    from dataclasses import replace
-
     songs = [(SONG, PLAN), (LONGER, PLAN), (SONG, PLAN)]
     together = planner.codes(songs, sampling)
     assert [len(codes) for codes in together] == [52, 65, 52]
