@@ -137,9 +137,10 @@ def streamed(
 
 
 def poison(cache: CacheManager) -> None:
-    """NaN in every slot that holds no token."""
+    """NaN in every slot that holds no token, unless kept sink tokens lie apart from the others (fp8)."""
     for one in cache:
         *memory, pos = one.memory
+        memory = [tensor for tensor in memory if tensor.shape[2] == pos.shape[1]]
         for tensor in memory:
             for b in range(tensor.shape[0]):
                 empty = pos[b if pos.shape[0] > 1 else 0] < 0

@@ -1,6 +1,7 @@
 """Self-attention with its parameters: MHA, GQA and MQA, in training and over a stream."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +142,7 @@ class Attention(nn.Module):
             q_pos=step.positions,
             k_pos=held.pos,
             window=self.window,
-            bias=None if policy is None else Bound(policy, x, held.extra, own),
+            bias=None if policy is None else Bound(policy, x, held.extra, own, self._keep(policy, cache)),
             sinks=self.sinks,
             scale=1.0 if self.prescale else self.scale,
             q_sink=held.q_sink,
@@ -173,10 +174,6 @@ class Attention(nn.Module):
                 f"Attention: {name} changes queries, which rope or prescale would change again; "
                 "leave these out, it says itself where tokens stand"
             )
-        if policy.keys and self.window.relative_sinks:
-            raise ValueError(
-                f"Attention: {name} computes scores of its own, which know no relative_sinks; leave them out"
-            )
 
     def _policy(self, bias: BiasPolicy | Tensor | None) -> BiasPolicy | None:
         """The bias of a call that is given this one."""
@@ -189,6 +186,10 @@ class Attention(nn.Module):
                 f"Attention: {type(bias).__name__} needs more of a layer than one call; give it to Attention(bias=...)"
             )
         return DenseBias(bias) if isinstance(bias, Tensor) else bias
+
+    @staticmethod
+    def _keep(policy: BiasPolicy, cache: RollingKVCache | None) -> Callable[[Tensor, Tensor], None] | None:
+        return cache.renew if cache is not None and isinstance(policy, Policy) and policy.renews else None
 
     def _numbers(self, x: Tensor, q: Tensor, k: Tensor, step: Step, cache: RollingKVCache | None) -> Tensor:
         """What the layer's bias keeps for the tokens of x, `[B, C, T]`."""

@@ -166,13 +166,19 @@ def _biased(call: AttendCall, bias: BiasPolicy | Bound | Tensor) -> AttendResult
     context = bias.complete(context) if isinstance(bias, Bound) else context
     T, S = call.q.shape[2], call.k_pos.shape[1]
     block = max(1, ROWS // (call.q.shape[0] * call.q.shape[1] * S))
-    if block >= T or not (isinstance(policy, Policy) and policy.writes_rows(context)):
+    keep = bias.keep if isinstance(bias, Bound) else None
+    if not isinstance(policy, Policy) or (keep is None and (block >= T or not policy.writes_rows(context))):
         return kernels.run(replace(call, bias=policy.terms(context)))
-    parts = []
+    block = block if policy.writes_rows(context) else T
+    parts, whole = [], context
     for start in range(0, T, block):
         stop = min(start + block, T)
-        terms = policy.terms(context.queries(start, stop))
-        parts.append(kernels.run(replace(query_block(call, start, stop), bias=terms)))
+        rows, part = (query_block(call, start, stop), context.queries(start, stop)) if block < T else (call, context)
+        parts.append(kernels.run(replace(rows, bias=policy.terms(part))))
+        if policy.renews and (stop < T or keep is not None):
+            context = context._replace(extra=policy.renewed(part, whole))
+    if keep is not None and context.extra is not None:
+        keep(context.k_pos, context.extra)
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 

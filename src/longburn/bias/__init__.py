@@ -10,6 +10,7 @@ from longburn.bias.fire import Fire
 from longburn.bias.forget import ForgetBias
 from longburn.bias.policy import BiasContext, BiasPolicy, Bound, Policy
 from longburn.bias.relative import RelativeBias
+from longburn.bias.selective import SelectiveBias
 from longburn.bias.sinks import sinks_from_per_head
 from longburn.kernels.attend import BiasTerms
 
@@ -30,6 +31,7 @@ __all__ = [
     "Policy",
     "RelativeBias",
     "Sandwich",
+    "SelectiveBias",
     "T5Buckets",
     "alibi_slopes",
     "sinks_from_per_head",

@@ -1,5 +1,6 @@
 """What a bias policy is: an object that states the additive bias of a call in the cheapest exact form it knows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -71,12 +72,14 @@ class Policy(nn.Module):
         rows: `terms` writes dense rows, unless `writes_rows` says more. It is then asked for few queries at a time when
             all of them would be large.
         keys: `terms` looks at the keys.
+        renews: queries change what is kept for the tokens that they see.
     """
 
     channels: int = 0
     sums: bool = False
     rows: bool = False
     keys: bool = False
+    renews: bool = False
 
     def terms(self, context: BiasContext) -> BiasTerms:
         """The bias of this call; nothing in it may depend on how the stream was cut into calls."""
@@ -87,7 +90,7 @@ class Policy(nn.Module):
         return self.rows
 
     def of_tokens(self, x: Tensor, q: Tensor, k: Tensor, positions: Tensor, previous: Tensor) -> Tensor:
-        """What to keep for new tokens, `[B, C, T]`; later tokens never change it.
+        """What to keep for new tokens, `[B, C, T]`; later tokens never change it, unless the policy `renews` it.
 
         Args:
             x: `[B, T, M]`, what the layer was given.
@@ -96,6 +99,11 @@ class Policy(nn.Module):
             previous: `[B, C]`, what is kept for the token right before the first of these; 0 at the start. As it is all
                 that is known of the past, rewinds, resets and passes that are not committed need no other state.
         """
+        raise NotImplementedError
+
+    def renewed(self, context: BiasContext, call: BiasContext) -> Tensor:
+        """What to keep for all tokens, `[B, C, S]`, after the queries of the context, which are some or all of those of
+        the call."""
         raise NotImplementedError
 
     def queries(self, q: Tensor) -> Tensor:
@@ -110,12 +118,16 @@ class Policy(nn.Module):
 
 @dataclass(frozen=True)
 class Bound:
-    """A policy with what only its layer knows, on its way to `attend`."""
+    """A policy with what only its layer knows, on its way to `attend`.
+
+    `keep` takes positions `[B|1, S]` and what a policy that `renews` has for the tokens there from now on, `[B, C, S]`.
+    """
 
     policy: BiasPolicy
     x: Tensor
     extra: Tensor | None
     own: Tensor | None
+    keep: Callable[[Tensor, Tensor], None] | None = None
 
     def complete(self, context: BiasContext) -> BiasContext:
         return context._replace(x=self.x, extra=self.extra, own=self.own)
