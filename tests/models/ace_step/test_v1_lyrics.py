@@ -165,6 +165,16 @@ def test_query_scale(tiny) -> None:
         torch.testing.assert_close(encoder(x), plain, atol=1e-9, rtol=0)
 
 
+def test_weights_do_not_depend_on_the_window(tiny) -> None:
+    """Those of the released encoder run causally too."""
+    released, weights = tiny()
+    causal = LyricEncoder(TINY, window=CAUSAL, dtype=torch.float64)
+    causal.load_state_dict(released.state_dict())
+    x = embeddings(1, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(causal(x), lyric_states(weights, x, 4, causal=True), atol=1e-9, rtol=0)
+
+
 def test_all_parameters_learn() -> None:
     encoder = LyricEncoder(TINY)
     encoder(embeddings(1, 6).float()).square().sum().backward()

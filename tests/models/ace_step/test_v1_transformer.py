@@ -72,9 +72,10 @@ def test_golden_condition(original) -> None:
 
 
 def test_golden_velocity(original) -> None:
-    """As near as fp32 comes: where few heads' features meet, the linear attention divides by almost nothing.
+    """As near as fp32 comes, which is not 1e-5 here: where few features meet, linear attention divides by almost nothing.
 
-    The original's own distance from its formulas in fp64 says how near that is.
+    The original in fp32 is itself 6e-5 from its formulas in fp64, and these move by 3e-5 for one last bit of the
+    latents. Ours in fp64 equals them; see `test_velocity`.
     """
     model, e = original
     wanted, frames = e["velocity"], e["frame_mask"].bool()
@@ -195,7 +196,7 @@ def test_rows_are_independent() -> None:
     together = model(latents, t, model.keys_values(condition))
     for row in range(2):
         alone = model(latents[row : row + 1], float(t[row]), model.keys_values(condition[row : row + 1]))
-        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-6, rtol=0)  # t is fp32 in the batch
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-9, rtol=0)
 
 
 def test_bf16() -> None:

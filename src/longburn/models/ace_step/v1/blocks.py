@@ -45,7 +45,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         exponents = -math.log(LONGEST_PERIOD) * torch.arange(FREQUENCIES, dtype=torch.float32, device=t.device)
-        phase = (TIME_SCALE * t).float()[:, None] * torch.exp(exponents / FREQUENCIES)
+        phase = (TIME_SCALE * t.float())[:, None] * torch.exp(exponents / FREQUENCIES)
         waves = torch.cat((phase.cos(), phase.sin()), -1).to(self.up.weight.dtype)
         return linear(F.silu(linear(waves, self.up.weight, self.up.bias)), self.down.weight, self.down.bias)
 
@@ -71,7 +71,7 @@ class MismatchedCrossAttention(CrossAttention):
         return held._replace(k=self.rope.rotate(held.k, self.rope.angles(places, _wide(context))))
 
     def of_frames(self, x: Tensor, context: CrossKeyValues, step: Step, query_scale: float) -> Tensor:
-        """`[B, F, D]` to `[B, F, D]` for the frames whose positions the step holds; -1 (no frame) attends to nothing.
+        """x `[B, F, D]` plus what its frames attend to, at the step's positions; -1 (no frame) attends to nothing.
 
         query_scale: factor of the queries.
         """
@@ -90,7 +90,7 @@ class MismatchedCrossAttention(CrossAttention):
             scale=self.scale * query_scale,
             known=(Known(0, T, context.k.shape[2], 0, 0, True),) if in_order else None,
         )
-        return linear(out.transpose(1, 2).reshape(B, T, -1), self.out.weight, self.out.bias)
+        return linear(out.transpose(1, 2).reshape(B, T, -1), self.out.weight, self.out.bias, residual=x)
 
 
 class GatedConv(nn.Module):
@@ -134,9 +134,9 @@ class AceStepV1Block(nn.Module):
     def forward(self, x: Tensor, time: Tensor, condition: CrossKeyValues, step: Step, query_scale: float) -> Tensor:
         """x `[B, F, D]`, time `[B, 6, D]`."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (self.table + time).unsqueeze(2).unbind(1)
-        x = x + gate * self.attention.forward(_modulated(x, shift, scale), step)
-        x = x + self.cross.of_frames(x, condition, step, query_scale)
-        return x + mlp_gate * self.mlp.forward(_modulated(x, mlp_shift, mlp_scale))
+        x = torch.addcmul(x, gate, self.attention.forward(_modulated(x, shift, scale), step))
+        x = self.cross.of_frames(x, condition, step, query_scale)
+        return torch.addcmul(x, mlp_gate, self.mlp.forward(_modulated(x, mlp_shift, mlp_scale)))
 
 
 class FinalLayer(nn.Module):
@@ -163,7 +163,7 @@ def _table(rows: int, dim: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+    return torch.addcmul(shift, F.rms_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
 def _wide(x: Tensor) -> torch.dtype:

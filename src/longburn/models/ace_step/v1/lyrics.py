@@ -59,9 +59,10 @@ class LyricLayer(nn.Module):
 
 
 class LyricEncoder(nn.Module):
-    """Embeddings of lyrics to states, as released in both directions, or causal over a stream.
+    """Embeddings of lyrics to states: in both directions, as the released weights were trained, or a causal stream.
 
-    >>> encoder = LyricEncoder(LyricEncoderConfig(), window=AttnWindow(256))
+    >>> encoder = LyricEncoder(model.lyric_encoder.config, window=AttnWindow(256))
+    >>> encoder.load_state_dict(model.lyric_encoder.state_dict())
     >>> cache = encoder.init_cache(batch=1)
     >>> states = [encoder(token, cache=cache) for token in tokens.split(1, dim=1)]  # the state stays that of 256 tokens
 

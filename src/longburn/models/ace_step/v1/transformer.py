@@ -202,7 +202,7 @@ class AceStepV1(nn.Module):
                 f"AceStepV1: {len(conditions)} keys and values for {len(self.blocks)} blocks; "
                 "take them from conditions() of this model"
             )
-        level = torch.as_tensor(t, dtype=torch.float64, device=latents.device)
+        level = t if isinstance(t, Tensor) else torch.full((1,), t, dtype=torch.float32, device=latents.device)
         if level.shape not in ((), (1,), (B,)):
             raise ValueError(f"AceStepV1: t is of shape {tuple(level.shape)}, wanted a number or one a row, ({B},)")
         _check_mask("AceStepV1", "frame_mask", frame_mask, (B, F_))
