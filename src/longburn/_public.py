@@ -10,7 +10,16 @@ from longburn.attention import (
     attend_with_lse,
     merge,
 )
-from longburn.bias import Alibi, BiasPolicy, BiasTerms, DenseBias, sinks_from_per_head
+from longburn.bias import (
+    Alibi,
+    BiasPolicy,
+    BiasTerms,
+    DenseBias,
+    DistanceCurves,
+    ForgetBias,
+    RelativeBias,
+    sinks_from_per_head,
+)
 from longburn.cache import AttnWindow, CacheManager, RollingKVCache, WindowPolicy
 from longburn.generation import AutoregressiveModel, GenerationConfig, TokenEvent, generate
 from longburn.kernels.registry import ImplError, use_impl
@@ -29,10 +38,13 @@ __all__ = [
     "CrossAttention",
     "CrossKeyValues",
     "DenseBias",
+    "DistanceCurves",
+    "ForgetBias",
     "GenerationConfig",
     "ImplError",
     "LinearAttention",
     "LinearState",
+    "RelativeBias",
     "RollingKVCache",
     "Rope3dEncoding",
     "RotaryEncoding",

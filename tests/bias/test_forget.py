@@ -211,11 +211,11 @@ def test_tokens_that_are_left_out() -> None:
     layer, x = build(making), torch.tensor(inputs(1, 12))
     cache = CacheManager.for_layers([layer], 1)
     forward(layer, x[:, :5], cache, 5)
-    before = [tensor.clone() for tensor in cache.memory]
+    before = [tensor.float().nan_to_num(7.0) for tensor in cache.memory]  # most of it was never written
     for positions in ([7, 8, 9], [5, 7, 8]):
         with torch.no_grad(), pytest.raises(ValueError, match=r"RollingKVCache\.previous: positions skip tokens"):
             layer(x[:, 5:8], torch.tensor([positions]), cache=cache[0])
-    assert all(torch.equal(a, b) for a, b in zip(before, cache.memory, strict=True))
+    assert all(torch.equal(a, b.float().nan_to_num(7.0)) for a, b in zip(before, cache.memory, strict=True))
 
 
 def test_where_it_cannot_be_used() -> None:
