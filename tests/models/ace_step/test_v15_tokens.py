@@ -1,6 +1,7 @@
 """Audio tokens against diffusers' own tokenizer and detokenizer, and as a stream."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def closed_form(y: Tensor, levels: tuple[int, ...]) -> list[int]:
         index, place = 0, 1
         for number, L in zip(row, levels, strict=True):
             s = 1 + 1 / (L - 1)
-            bounded = s * torch.tanh(torch.tensor(number / s, dtype=torch.float64)).item()
+            bounded = s * math.tanh(number / s)
             level = int((L - 1) * (min(max(bounded, -1), 1) + 1) / 2 + 0.5)
             index, place = index + place * level, place * L
         ids.append(index)
@@ -113,10 +114,19 @@ def test_the_released_codebook() -> None:
     assert ids.tolist() == closed_form(y, RELEASED)
     assert ids.min() >= 0
     assert ids.max() < 64000
-    # bf16 weights and inputs are quantised in fp32.
-    low = quantizer.bfloat16()(y.bfloat16())
-    assert low[0].dtype == torch.bfloat16
-    assert low[1].tolist() == closed_form(y.bfloat16(), RELEASED)
+
+
+@torch.no_grad()
+def test_bf16_is_quantised_in_fp32() -> None:
+    """Products that are rounded to bf16 would sometimes fall on another level."""
+    quantizer = FiniteScalarQuantizer(32, RELEASED, torch.bfloat16)
+    quantizer.project_in.weight.copy_(0.2 * randn(6, 32))
+    quantizer.project_in.bias.copy_(0.2 * randn(6, seed=3))
+    x, project = randn(3000, 32, seed=2).bfloat16(), quantizer.project_in
+    values, ids = quantizer(x)
+    assert values.dtype == torch.bfloat16
+    assert ids.tolist() == closed_form(x.float() @ project.weight.float().T + project.bias.float(), RELEASED)
+    assert ids.tolist() != closed_form(project(x), RELEASED)
 
 
 @torch.no_grad()
