@@ -193,6 +193,16 @@ def test_the_same_seed_gives_the_same_plan(planner: Planner) -> None:
     assert len(set(plans)) > 1
 
 
+def test_a_language_begins_with_the_surest_token(planner: Planner) -> None:
+    """However hot the draw, as in the released pipeline; the other fields are drawn."""
+    asked = SongRequest("x", bpm=100, duration=30, keyscale="C major")
+    sampling = [PlannerSampling(temperature=9.0, top_p=1.0, seed=seed) for seed in range(8)]
+    plans = [planner.plan(asked, settings, caption=False) for settings in sampling]
+    encode = planner.tokenizer.encode
+    assert len({encode(f"language: {plan.language}")[len(encode("language:"))] for plan in plans}) == 1
+    assert len({plan.timesignature for plan in plans}) > 1
+
+
 def run(grammar: Grammar, tokenizer: Tokenizer, draws: list[str], best: list[str], **options: Any) -> Any:
     """Drive a grammar with these texts as draws; `best` answers what a line begins with."""
     texts, lines = iter(draws), iter(best)
@@ -225,6 +235,21 @@ def test_captions_go_on_in_indented_lines(tokenizer: Tokenizer) -> None:
     assert forced == "<think>\ncaption:</think>"
     values, _ = run(grammar, tokenizer, [" A"] * 512, [], without=others)
     assert values == {"caption": " ".join(["A"] * 512)}
+
+
+def test_a_token_without_a_text_ends_a_caption(tokenizer: Tokenizer) -> None:
+    """A model's vocabulary may be larger than its tokenizer's."""
+    grammar = Grammar(tokenizer, tokenizer.encode("<|im_end|>")[0])
+    writing = grammar.write({}, without={"bpm"})
+    ask = next(writing)
+    while isinstance(ask, Forced):
+        ask = writing.send(0)
+    writing.send(tokenizer.encode("A")[0])
+    ask = writing.send(tokenizer.encode("\n")[0])
+    assert isinstance(ask, Draw)
+    assert ask.ends is not None
+    assert ask.ends(tokenizer.vocab_size + 3)
+    assert not ask.ends(tokenizer.encode(" ")[0])
 
 
 def test_genres_are_one_line(tokenizer: Tokenizer) -> None:
