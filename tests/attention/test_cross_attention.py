@@ -96,6 +96,10 @@ def test_kept_keys_and_values_equal_computing_them_again() -> None:
         layer(x, held)
         assert calls == []
         assert layer.keys_values(context, mask).pos[1].tolist() == [0, 1, 2, 3, *[-1] * 7]
+        # Kernels that are told so do not look at positions: a mask must never pass for a full context.
+        assert held.full
+        assert not layer.keys_values(context, mask).full
+        assert not layer.keys_values(context, torch.ones_like(mask)).full
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 6), (3, 6)])
