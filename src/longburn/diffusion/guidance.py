@@ -115,9 +115,7 @@ def angle_based(
     turned = (weight * angle).clamp(-limit, limit)
     d, n = (text - null).float(), null.float()
     aside = d - (d * n).sum(-1, keepdim=True) / ((n * n).sum(-1, keepdim=True) + 1e-8) * n
-    sine = torch.sin(angle)
-    # Where the two agree, the ratio of sines is the ratio of angles.
-    gain = torch.where(sine > 1e-3, torch.sin(turned) / sine, torch.full_like(sine, weight))
+    gain = torch.sin(turned) / torch.sin(angle)  # the clamp of the cosine keeps the angle above 0.0014
     return ((x - torch.cos(turned) * text - aside * gain) / t).to(x.dtype)
 
 
