@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from v1_peers import Drawn, golden, lyric_states, official, redrawn, velocity
+from v1_peers import Drawn, golden, lyric_states, official, redrawn, turned, velocity
 
-from longburn.models.ace_step.v1 import AceStepV1, AceStepV1Config, LyricEncoderConfig, official_rules
+from longburn import attend
+from longburn.kernels.attend import Known
+from longburn.models.ace_step.v1 import AceStepV1, AceStepV1Config, LyricEncoderConfig, blocks, official_rules
 from longburn.weights import load_checkpoint
 
 NAN = float("nan")
@@ -72,7 +74,7 @@ def test_golden_condition(original) -> None:
 
 
 def test_golden_velocity(original) -> None:
-    """As near as fp32 comes, which is not 1e-5 here: where few features meet, linear attention divides by almost nothing.
+    """As near as fp32 comes, not 1e-5: where few features meet, linear attention divides by almost nothing.
 
     The original in fp32 is itself 6e-5 from its formulas in fp64, and these move by 3e-5 for one last bit of the
     latents. Ours in fp64 equals them; see `test_velocity`.
@@ -135,6 +137,21 @@ def test_masks(tmp_path: Path) -> None:
     assert (wanted - velocity(*given, mask=places)).abs()[1:].max() > 0.01
     kept = model.keys_values(condition.masked_fill(~places[..., None], NAN), places)
     torch.testing.assert_close(model(latents, 0.5, kept, frames), wanted, atol=1e-9, rtol=1e-9)
+    wanted = velocity(*given, mask=places)
+    torch.testing.assert_close(model(latents, 0.5, kept), wanted, atol=1e-9, rtol=1e-9)
+
+
+def test_kernels_hear_what_the_host_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That there are no gaps, which a kernel need not look for then; and never where a mask makes some."""
+    model, told = tiny_model(), []
+    monkeypatch.setattr(
+        blocks, "attend", lambda *args, **named: (told.append(named["known"]), attend(*args, **named))[1]
+    )
+    latents, condition = drawn(2, 2, 4, 9), drawn(2, 6, 24, seed=2)
+    frames, places = held(9, 5, out_of=9), held(6, 2, out_of=6)
+    for mask, frame_mask in ((None, None), (places, None), (None, frames), (places, frames)):
+        model(latents, 0.5, model.keys_values(condition, mask), frame_mask)
+    assert told == [(Known(0, 9, 6, 0, 0, True),)] * 3 + [None] * 9
 
 
 def test_condition_is_speaker_text_and_lyrics(tmp_path: Path) -> None:
@@ -190,6 +207,26 @@ def test_kept_conditions_equal_recomputed_ones() -> None:
     assert torch.equal(x, y)
 
 
+def test_cross_attention_alone() -> None:
+    """Called like any `CrossAttention`: with the context itself, without a step."""
+    model = tiny_model()
+    cross, x, context = model.blocks[0].cross, drawn(2, 5, 24), drawn(2, 3, 24, seed=2)
+    bias = drawn(2, 4, 5, 3, seed=3)
+    q, k, v = (
+        (y @ weight.T + offset).view(2, -1, 4, 6)
+        for y, weight, offset in zip(
+            (x, context, context),
+            (cross.q.weight, *cross.kv.weight.chunk(2)),
+            (cross.q.bias, *cross.kv.bias.chunk(2)),
+            strict=True,
+        )
+    )
+    score = torch.einsum("bihd,bjhd->bhij", turned(q, 1e6), turned(k, 1e6)) / 6**0.5 + bias
+    out = (score.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2).flatten(2) @ cross.out.weight.T + cross.out.bias
+    torch.testing.assert_close(cross(x, context, bias=bias), out, atol=1e-9, rtol=0)
+    torch.testing.assert_close(cross(x, cross.keys_values(context), bias=bias, residual=x), out + x, atol=1e-9, rtol=0)
+
+
 def test_rows_are_independent() -> None:
     model = tiny_model()
     latents, condition, t = drawn(2, 2, 4, 9), drawn(2, 6, 24, seed=2), torch.tensor([0.2, 0.9])
@@ -218,8 +255,12 @@ def test_says_what_is_wrong() -> None:
     latents = drawn(1, 2, 4, 9)
     with pytest.raises(ValueError, match=r"latents are \(1, 2, 5, 9\), wanted \[B, 2, 4, frames\]"):
         model(drawn(1, 2, 5, 9), 0.5, kept)
-    with pytest.raises(ValueError, match="2 keys and values for 3 blocks"):
+    with pytest.raises(ValueError, match="with at least one frame"):
+        model(latents[..., :0], 0.5, kept)
+    with pytest.raises(ValueError, match="for 2 blocks and 1 rows, wanted 3 blocks and 1 rows"):
         model(latents, 0.5, kept[:2])
+    with pytest.raises(ValueError, match="for 3 blocks and 1 rows, wanted 3 blocks and 2 rows"):
+        model(latents.expand(2, -1, -1, -1), 0.5, kept)
     with pytest.raises(ValueError, match=r"t is of shape \(2,\)"):
         model(latents, torch.tensor([0.1, 0.2]), kept)
     with pytest.raises(ValueError, match=r"frame_mask is torch.float64 \(1, 9\), wanted bool \(1, 9\)"):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longburn.attention import CrossAttention, CrossKeyValues, LinearAttention, attend
-from longburn.cache import AttnWindow, Step
+from longburn.cache import AttnWindow, Run, Step
 from longburn.kernels.attend import Known
 from longburn.kernels.linear import linear
 from longburn.models.ace_step.v1.config import AceStepV1Config
@@ -70,27 +70,43 @@ class MismatchedCrossAttention(CrossAttention):
         places = torch.arange(context.shape[1], device=context.device)[None]
         return held._replace(k=self.rope.rotate(held.k, self.rope.angles(places, _wide(context))))
 
-    def of_frames(self, x: Tensor, context: CrossKeyValues, step: Step, query_scale: float) -> Tensor:
-        """x `[B, F, D]` plus what its frames attend to, at the step's positions; -1 (no frame) attends to nothing.
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | CrossKeyValues,
+        *,
+        bias: Tensor | None = None,
+        step: Step | None = None,
+        query_scale: float = 1.0,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """`[B, F, D]` to `[B, F, D]`; what `CrossAttention` does not have:
 
-        query_scale: factor of the queries.
+        Args:
+            step: positions of the frames (default `0 .. F - 1`); -1 is no frame and attends to nothing.
+            query_scale: factor of the queries.
+            residual: `[B, F, D]`, added to the result.
         """
         B, T, _ = x.shape
+        step = Step.from_zero(T, x.device) if step is None else step
+        frames = step.positions
+        held = context if isinstance(context, CrossKeyValues) else self.keys_values(context)
         wide = _wide(x)
-        angles = step.share(("angles", id(self.rope), wide), lambda: self.rope.angles(step.positions, wide))
+        angles = step.share(("angles", id(self.rope), wide), lambda: self.rope.angles(frames, wide))
         q = linear(x, self.q.weight, self.q.bias).view(B, T, self.heads, self.head_dim).transpose(1, 2)
-        in_order = context.full and step.runs is not None
+        in_order = held.full and step.runs == (Run(0, T),)
         out = attend(
             self.rope.rotate(q, angles),
-            context.k,
-            context.v,
-            q_pos=step.positions,
-            k_pos=context.pos,
+            held.k,
+            held.v,
+            q_pos=frames,
+            k_pos=held.pos,
             window=AttnWindow(lookahead=None),
+            bias=bias,
             scale=self.scale * query_scale,
-            known=(Known(0, T, context.k.shape[2], 0, 0, True),) if in_order else None,
+            known=(Known(0, T, held.k.shape[2], 0, 0, True),) if in_order else None,
         )
-        return linear(out.transpose(1, 2).reshape(B, T, -1), self.out.weight, self.out.bias, residual=x)
+        return linear(out.transpose(1, 2).reshape(B, T, -1), self.out.weight, self.out.bias, residual=residual)
 
 
 class GatedConv(nn.Module):
@@ -135,7 +151,7 @@ class AceStepV1Block(nn.Module):
         """x `[B, F, D]`, time `[B, 6, D]`."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (self.table + time).unsqueeze(2).unbind(1)
         x = torch.addcmul(x, gate, self.attention.forward(_modulated(x, shift, scale), step))
-        x = self.cross.of_frames(x, condition, step, query_scale)
+        x = self.cross.forward(x, condition, step=step, query_scale=query_scale, residual=x)
         return torch.addcmul(x, mlp_gate, self.mlp.forward(_modulated(x, mlp_shift, mlp_scale)))
 
 

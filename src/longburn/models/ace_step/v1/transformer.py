@@ -192,14 +192,15 @@ class AceStepV1(nn.Module):
         """
         config = self.config
         B, F_ = latents.shape[0], latents.shape[-1]
-        if latents.shape != (B, config.in_channels, config.max_height, F_):
+        if latents.shape != (B, config.in_channels, config.max_height, F_) or F_ < 1:
             raise ValueError(
                 f"AceStepV1: latents are {tuple(latents.shape)}, "
-                f"wanted [B, {config.in_channels}, {config.max_height}, frames]"
+                f"wanted [B, {config.in_channels}, {config.max_height}, frames] with at least one frame"
             )
-        if len(conditions) != len(self.blocks):
+        if len(conditions) != len(self.blocks) or conditions[0].k.shape[0] != B:
+            came = f"{len(conditions)} blocks" + (f" and {conditions[0].k.shape[0]} rows" if conditions else "")
             raise ValueError(
-                f"AceStepV1: {len(conditions)} keys and values for {len(self.blocks)} blocks; "
+                f"AceStepV1: conditions are for {came}, wanted {len(self.blocks)} blocks and {B} rows; "
                 "take them from conditions() of this model"
             )
         level = t if isinstance(t, Tensor) else torch.full((1,), t, dtype=torch.float32, device=latents.device)
