@@ -232,7 +232,7 @@ def test_training_finds_the_curve_that_made_the_data() -> None:
     losses = []
     for _ in range(120):
         loss = (attend(q, k, v, bias=learner) - target).square().mean()
-        losses.append(float(loss))
+        losses.append(loss.item())
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from bias_streams import WINDOWS, D, H, K, Row, largest_difference, layer, randomise, tokens, wanted
+from bias_streams import WINDOWS, D, H, K, Row, largest_difference, layer, randomise, streamed, tokens, wanted
 from torch import Tensor
 
 from longburn import Alibi, Attention, AttnWindow, RotaryEncoding, attend
@@ -201,6 +201,23 @@ def test_gradients_reach_everything(name: str, window: AttnWindow) -> None:
     gradients = torch.autograd.grad(function(*start).square().sum(), start)
     last = -1 if name == "dape" else len(gradients)  # DAPE's last number of a head is the same for all keys
     assert all((gradient != 0).any() for gradient in gradients[:last])
+
+
+@pytest.mark.parametrize("window", [AttnWindow(), AttnWindow(7, sink_tokens=2)], ids=str)
+@pytest.mark.parametrize("name", ["cope", "dape", "fire", "t5"])
+def test_a_layer_owns_its_bias(name: str, window: AttnWindow) -> None:
+    """Its parameters are the layer's, and its streams those of a bias that every call is given."""
+    policy = {
+        "cope": cope,
+        "dape": dape,
+        "fire": lambda: Fire(H, length=8.0, dtype=double).requires_grad_(False),
+        "t5": lambda: randomise(T5Buckets(H, dtype=double)).requires_grad_(False),
+    }[name]()
+    made, plain, x = layer(window, bias=policy), layer(window), tokens(30)
+    assert {f"bias.{n}" for n in policy.state_dict()} == set(made.state_dict()) - set(plain.state_dict())
+    whole = plain(x[None], bias=policy)[0]
+    assert (made(x[None])[0] - whole).abs().max() < 1e-12
+    assert (streamed(made, None, [x], (2, 11))[0] - whole).abs().max() < 1e-11
 
 
 def test_without_an_embedding_cope_is_nothing() -> None:

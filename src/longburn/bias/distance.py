@@ -173,8 +173,7 @@ class T5Buckets(DistancePolicy):
         assert self.ends is not None
         device = distance.device
         if device not in self._on:
-            with torch.inference_mode(False):
-                self._on[device] = torch.tensor(self._buckets, device=device)
+            self._on[device] = torch.tensor(self._buckets, device=device)
         low, high = self.ends
         bucket = self._on[device][distance.clamp(low, high) - low]
         return self.weight.to(dtype).T[:, bucket]
@@ -276,8 +275,7 @@ class Sandwich(DistancePolicy):
     def table(self, low: int, high: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         size = 1 << max(8, max(-low, high).bit_length())
         if (device, size) not in self._curves:
-            with torch.inference_mode(False):
-                self._curves[device, size] = self._curve(torch.arange(size, device=device))
+            self._curves[device, size] = self._curve(torch.arange(size, device=device))
         curve = self._curves[device, size]
         return self._by_heads(torch.cat([curve[1 : 1 - low].flip(0), curve[: high + 1]]), dtype)
 
