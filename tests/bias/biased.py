@@ -128,6 +128,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
         "max_length": draw(st.sampled_from([None, None, 120])),
         "sinks": draw(st.booleans()),
         "left": draw(st.booleans()),
+        "padding": draw(st.sampled_from([0, 0, 2])),
         "turns": draw(st.lists(turn, min_size=3, max_size=9)),
         "impl": draw(st.sampled_from(["auto", "auto", "reference"])),
         "seed": draw(st.integers(0, 2**20)),
@@ -139,6 +140,7 @@ class Stream:
 
     def __init__(self, layer: Attention, case: dict[str, object]) -> None:
         self.layer, self.rows, self.left = layer, int(str(case["rows"])), bool(case["left"])
+        self.padding = int(str(case["padding"]))
         options = {name: case[name] for name in ("slack", "max_length")}
         self.cache = CacheManager.for_layers([layer], self.rows, **options)  # type: ignore[arg-type]
         self.tokens: list[list[np.ndarray]] = [[] for _ in range(self.rows)]
@@ -169,9 +171,9 @@ class Stream:
 
     def chunk(self, sizes: Sequence[int], *, draft: bool = False) -> None:
         sizes = [min(n, 45 - at) for n, at in zip(sizes, self.cache.row_positions, strict=True)]
-        width = max(sizes)
-        if width == 0:
+        if max(sizes) == 0:
             return
+        width = max(sizes) + self.padding
         cache = self.cache[0]
         if draft and (cache.ring is None or width <= cache.slack + 1):
             for _ in range(2):
@@ -187,7 +189,7 @@ class Stream:
         for b, n in enumerate(sizes):
             own = slice(width - n, width) if self.left else slice(0, n)
             x[b, own], ids[b, own] = self.random.normal(size=(n, M)), 0
-        same = len(set(sizes)) == 1
+        same = set(sizes) == {width}
         y = forward(self.layer, torch.tensor(x), self.cache, width if same else ids, commit=commit)
         return x, y.double().numpy()
 
