@@ -237,14 +237,18 @@ def test_captions_go_on_in_indented_lines(tokenizer: Tokenizer) -> None:
     assert values == {"caption": " ".join(["A"] * 512)}
 
 
-def test_a_token_without_a_text_ends_a_caption(tokenizer: Tokenizer) -> None:
-    """A model's vocabulary may be larger than its tokenizer's."""
+def test_what_a_caption_may_hold(tokenizer: Tokenizer) -> None:
+    """No end of a turn, no fence; and a token beyond the tokenizer's vocabulary, which has no text, ends it."""
     grammar = Grammar(tokenizer, tokenizer.encode("<|im_end|>")[0])
     writing = grammar.write({}, without={"bpm"})
     ask = next(writing)
     while isinstance(ask, Forced):
         ask = writing.send(0)
-    writing.send(tokenizer.encode("A")[0])
+    assert isinstance(ask, Draw)
+    assert {tokenizer.encode(text)[0] for text in ("`", "<|im_end|>", "\n")} == set(ask.banned)
+    ask = writing.send(tokenizer.encode("A")[0])
+    assert isinstance(ask, Draw)
+    assert {tokenizer.encode(text)[0] for text in ("`", "<|im_end|>")} == set(ask.banned)
     ask = writing.send(tokenizer.encode("\n")[0])
     assert isinstance(ask, Draw)
     assert ask.ends is not None
