@@ -208,21 +208,6 @@ class RunOptions:
             max_new_tokens=self.max_new_tokens, chunk_size=self.chunk_size, stop_strings=tuple(self.stop or ())
         )
 
-    def torch_device(self) -> "torch.device":
-        """Where the model runs. A device that is not there is a failure, one that is none is wrong usage."""
-        import torch
-
-        there = torch.cuda.device_count()
-        try:
-            device = torch.device(("cuda" if there else "cpu") if self.device == "auto" else self.device)
-        except RuntimeError:
-            device = torch.device("meta")
-        if device.type not in ("cpu", "cuda"):
-            raise typer.BadParameter(f"--device {self.device!r}: wanted auto, cpu, cuda or cuda:N")
-        if device.type == "cuda" and (device.index or 0) >= there:
-            raise ValueError(f"--device {self.device}: this PyTorch ({torch.__version__}) sees {there} CUDA devices")
-        return device
-
     def check_machine(self) -> None:
         """Raises BadParameter for an implementation that does not exist or more threads than there are processors."""
         from longburn.kernels.registry import ImplError, use_impl
@@ -244,7 +229,12 @@ class RunOptions:
 
             from longburn.models import load_model
 
-            window, config, sampler, device = self.attn_window(), self.generation(), self.sampler(), self.torch_device()
+            window, config, sampler, device = (
+                self.attn_window(),
+                self.generation(),
+                self.sampler(),
+                torch_device(self.device),
+            )
             self.check_machine()
             check_model(self.model)
             if self.threads:
@@ -267,6 +257,22 @@ class RunOptions:
         config = replace(config, stop_tokens=loaded.tokenizer.stop_tokens)
         cache = loaded.model.init_cache(1, packed=self.kv_cache == "fp8")
         return Stream(loaded, cache, config, sampler, self.impl)
+
+
+def torch_device(name: str) -> "torch.device":
+    """Where a model runs. A device that is not there is a failure, one that is none is wrong usage."""
+    import torch
+
+    there = torch.cuda.device_count()
+    try:
+        device = torch.device(("cuda" if there else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"--device {name!r}: wanted auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise ValueError(f"--device {name}: this PyTorch ({torch.__version__}) sees {there} CUDA devices")
+    return device
 
 
 def check_model(model: str) -> None:
