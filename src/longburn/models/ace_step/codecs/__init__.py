@@ -2,6 +2,7 @@
 
 from longburn.models.ace_step.codecs.dcae import Dcae, DcaeConfig
 from longburn.models.ace_step.codecs.oobleck import Oobleck, OobleckConfig, Posterior
+from longburn.models.ace_step.codecs.vocoder import Vocoder, VocoderConfig
 from longburn.models.ace_step.codecs.wav import Cancelled, SampleFormat, WavWriter, Written, write_wav
 from longburn.models.ace_step.codecs.wav_reader import WavReader, read_wav
 
@@ -13,6 +14,8 @@ __all__ = [
     "OobleckConfig",
     "Posterior",
     "SampleFormat",
+    "Vocoder",
+    "VocoderConfig",
     "WavReader",
     "WavWriter",
     "Written",
