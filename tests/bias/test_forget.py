@@ -45,6 +45,15 @@ def test_whatever_a_stream_does(case: dict[str, object]) -> None:
     check(case, making, written)
 
 
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("sizes", [(7, 15, 11), (15, 1, 8), (3, 9, 30)])
+def test_padded_columns_beyond_the_window(sizes: tuple[int, ...], left: bool) -> None:
+    for rows in (1, 2):
+        case = {"window": AttnWindow(7, sink_tokens=1), "rows": rows, "slack": 0, "max_length": None, "left": left}
+        turns = [("chunk", [size - row for row in range(rows)]) for size in sizes]
+        check(case | {"sinks": True, "padding": 2, "turns": turns, "impl": "auto", "seed": 3}, making, written)
+
+
 @pytest.mark.parametrize("options", [{}, {"slack": 5}, {"max_length": 64}], ids=str)
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_a_packed_cache_rounds_keys_and_values_only(window: AttnWindow, options: dict[str, int]) -> None:

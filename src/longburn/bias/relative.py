@@ -71,7 +71,7 @@ class RelativeBias(Policy):
         if context.sink_tokens and context.window is not None:
             slot = context.k_pos[:, None, None]
             sinks = self._sinks(q, context).gather(3, slot.clamp(0, context.sink_tokens - 1).expand(B, H, T, -1))
-            dense = torch.where((slot < context.sink_tokens) & (distance > high), sinks, dense)
+            dense = torch.where(slot < context.sink_tokens, sinks, dense)
         return BiasTerms(dense=dense)
 
     def _sinks(self, q: Tensor, context: BiasContext) -> Tensor:
