@@ -319,3 +319,8 @@ def test_the_full_forward_compiles_into_one_graph(window: AttnWindow | None) -> 
         torch.testing.assert_close(a, parameter.grad, atol=1e-5, rtol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_a_rope_for_other_heads_is_refused() -> None:
+    with pytest.raises(ValueError, match="rope is for heads of 128, these are of 16"):
+        Attention(64, 4, rope=RotaryEncoding(128))

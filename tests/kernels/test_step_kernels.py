@@ -1,5 +1,7 @@
 """Angles, rotation and append: every implementation that this machine has, against the formula."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from compute import compute
@@ -10,6 +12,9 @@ from longburn.kernels import append as append_kernels
 from longburn.kernels import rotate as rotate_kernels
 from longburn.kernels import route as route_kernels
 from longburn.kernels.append import AppendCall, append
+from longburn.kernels.feedforward import swiglu
+from longburn.kernels.linear import linear
+from longburn.kernels.norm import rms_norm
 from longburn.kernels.rotate import AnglesCall, RotateCall, angles, rotate
 from longburn.kernels.route import RouteCall
 
@@ -156,3 +161,40 @@ def test_routing_of_nan_and_of_nothing_finite() -> None:
         chosen, weights = compute(route_kernels.OPERATION, impl, RouteCall(torch.tensor([[1.0, torch.nan, 3.0]]), 2))
         assert chosen.tolist() == [[1, 2]]
         assert weights.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: linear(torch.ones(1, 7), torch.ones(5, 64)), r"x \(1, 7\), weight \(5, 64\), bias None; wanted x"),
+        (lambda: linear(torch.ones(1, 64), torch.ones(5, 64), torch.ones(3)), r"bias \(3,\); wanted .* a bias of 5"),
+        (
+            lambda: linear(torch.ones(1, 64), torch.ones(5, 64), residual=torch.ones(1, 3)),
+            r"residual \(1, 3\), wanted \(1, 5\)",
+        ),
+        (lambda: rms_norm(torch.ones(1, 3, 64), torch.ones(32), 1e-6), r"weight \(32,\), wanted \(64,\)"),
+        (lambda: swiglu(torch.ones(1, 7), torch.ones(8, 64), torch.ones(5, 4)), r"swiglu: x \(1, 7\)"),
+        (lambda: swiglu(torch.ones(1, 64), torch.ones(8, 64), torch.ones(5, 3)), "wanted twice 3 rows"),
+        (
+            lambda: swiglu(torch.ones(1, 64), torch.ones(8, 64), torch.ones(5, 4), residual=torch.ones(1, 4)),
+            r"residual \(1, 4\), wanted \(1, 5\)",
+        ),
+        (lambda: rotate(torch.ones(1, 2, 3, 16), *torch.ones(2, 1, 1, 3, 128), interleaved=False), "at most 16"),
+        (lambda: rotate(torch.ones(1, 2, 3, 16), *torch.ones(2, 1, 1, 4, 16), interleaved=False), "rotate: angles"),
+    ],
+)
+def test_shapes_that_disagree(call: Callable[[], Tensor], message: str) -> None:
+    """Kernels in C do not look: the operations must."""
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_append_of_other_angles_writes_nothing() -> None:
+    k, caches = torch.ones(1, 2, 1, 16), torch.zeros(2, 1, 2, 5, 16)
+    held = torch.full((1, 5), -1)
+    angles = (torch.ones(1, 1, 1, 64), torch.ones(1, 1, 1, 64))
+    call = AppendCall(k, k, torch.tensor([[2]]), *caches, held, 0, None, k, angles)
+    with torch.no_grad(), pytest.raises(ValueError, match="append: angles"):
+        append(call)
+    assert not caches.any()
+    assert bool((held == -1).all())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from longburn.kernels import native, triton
 from longburn.kernels.registry import Impl, Operation
-from longburn.kernels.rotate import rotate
+from longburn.kernels.rotate import check_angles, rotate
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -172,5 +172,12 @@ OPERATION: Operation[AppendCall, Rotated] = Operation(
 
 
 def append(call: AppendCall) -> Rotated:
-    """Write k, v and their positions into the caches of the call; what is wanted of q comes back rotated."""
+    """Write k, v and their positions into the caches of the call; what is wanted of q comes back rotated.
+
+    Raises:
+        ValueError: angles of another shape; nothing is written then.
+    """
+    for pair in (call.angles, call.sink_angles):
+        if pair is not None:
+            check_angles("append", call.k, *pair)
     return OPERATION(call)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longburn.kernels import native, triton
-from longburn.kernels.linear import NATIVE_ROWS, few_rows, linear
+from longburn.kernels.linear import NATIVE_ROWS, check_map, few_rows, linear
 from longburn.kernels.registry import Impl, Operation
 
 
@@ -105,7 +105,18 @@ def swiglu(
     residual: Tensor | None = None,
 ) -> Tensor:
     """`down(silu(gate(x)) * up(x)) + residual` for x `[..., dim]` and residual `[..., out]`, which is rounded as of
-    `linear`; gate and up are the halves of `gate_up` `[2 * hidden, dim]`."""
+    `linear`; gate and up are the halves of `gate_up` `[2 * hidden, dim]`.
+
+    Raises:
+        ValueError: shapes that disagree.
+    """
+    check_map("swiglu", x, gate_up, gate_up_bias)
+    out, hidden = down.shape
+    given = None if residual is None else residual.shape
+    if 2 * hidden != gate_up.shape[0] or (down_bias is not None and down_bias.shape != (out,)):
+        raise ValueError(f"swiglu: gate_up {tuple(gate_up.shape)} and down {(out, hidden)}, wanted twice {hidden} rows")
+    if given is not None and given != (*x.shape[:-1], out):
+        raise ValueError(f"swiglu: residual {tuple(given)}, wanted {(*x.shape[:-1], out)} as the result")
     return OPERATION(SwiGLUCall(x, gate_up, gate_up_bias, down, down_bias, residual))
 
 

@@ -94,9 +94,27 @@ OPERATION: Operation[LinearCall, Tensor] = Operation(
 )
 
 
+def check_map(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError unless the weight and bias go with x: kernels do not look."""
+    out, size = weight.shape
+    if x.shape[-1] != size or (bias is not None and bias.shape != (out,)):
+        raise ValueError(
+            f"{name}: x {tuple(x.shape)}, weight {(out, size)}, bias {None if bias is None else tuple(bias.shape)}; "
+            f"wanted x [..., {size}] and a bias of {out} or none"
+        )
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias + residual` for x `[..., in]`, weight `[out, in]`, bias `[out]` and residual `[..., out]`.
 
     Few rows on a GPU add the residual to the fp32 sum and round once; elsewhere it is added to the rounded product.
+
+    Raises:
+        ValueError: shapes that disagree.
     """
+    check_map("linear", x, weight, bias)
+    if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
+        raise ValueError(
+            f"linear: residual {tuple(residual.shape)}, wanted {(*x.shape[:-1], weight.shape[0])} as the result"
+        )
     return OPERATION(LinearCall(x, weight, bias, residual))

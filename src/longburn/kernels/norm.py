@@ -79,5 +79,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, round_last: bool = False)
 
     `round_last`: multiply by the weight before the one rounding to x's type, as GPT-OSS does. Otherwise round first and
     multiply in x's type, as Llama does. In fp32 they are the same.
+
+    Raises:
+        ValueError: the weight is not one number a channel.
     """
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: x {tuple(x.shape)} and weight {tuple(weight.shape)}, wanted ({x.shape[-1]},)")
     return OPERATION(NormCall(x, weight, eps, round_last))

@@ -149,6 +149,21 @@ def angles(positions: Tensor, frequencies: Tensor, factor: float, dtype: torch.d
     return ANGLES(AnglesCall(positions, frequencies, factor, dtype))
 
 
+def check_angles(name: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raise ValueError unless these are angles `[B|1, 1, T, R]` for x `[B, H, T, D]`: kernels do not look."""
+    (B, _, T, D), (rows, heads, tokens, R) = x.shape, cos.shape
+    if rows not in (1, B) or heads != 1 or tokens != T or R > D or R % 2 or sin.shape != cos.shape:
+        raise ValueError(
+            f"{name}: angles {tuple(cos.shape)} and {tuple(sin.shape)} for {tuple(x.shape)}; wanted [{B} or 1, 1, {T}, "
+            f"R] each, R even and at most {D}"
+        )
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Rotate the first R channels of x `[B, H, T, D]`; returned in x's type."""
+    """Rotate the first R channels of x `[B, H, T, D]`; returned in x's type.
+
+    Raises:
+        ValueError: angles of another shape.
+    """
+    check_angles("rotate", x, cos, sin)
     return ROTATE(RotateCall(x, cos, sin, interleaved))
