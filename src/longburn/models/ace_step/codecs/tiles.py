@@ -9,7 +9,8 @@ compiled by shape, are the same for all of them.
 
 How equal: on the CPU in fp32, bit for bit, as long as a window's part of every convolution's input holds more than
 20480 numbers; PyTorch computes shorter signals otherwise, and then results agree to rounding. (Seen with oneDNN 3.12
-on AVX-512, on one thread and on two.) On GPUs they agree to rounding, because cuDNN chooses by shape.
+on AVX-512: the released decoder whole on one thread, all its layers on two.) On GPUs they agree to rounding, because
+cuDNN chooses by shape.
 """
 
 from collections.abc import Callable, Iterator, Sequence
