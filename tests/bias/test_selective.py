@@ -6,9 +6,9 @@ import torch
 from bias_streams import CHUNKS, WINDOWS, D, H, K, Row, largest_difference, layer, poison, streamed, tokens, wanted
 from torch import Tensor
 
-from longburn import Attention, AttnWindow, CacheManager, attend
+from longburn import Alibi, Attention, AttnWindow, CacheManager, attend
 from longburn.attention import core
-from longburn.bias import BiasContext, SelectiveBias
+from longburn.bias import BiasContext, Cope, Dape, Policy, SelectiveBias
 from longburn.cache import CacheMark
 
 double = torch.float64
@@ -218,3 +218,15 @@ def test_what_it_refuses() -> None:
         selective(AttnWindow(lookahead=2))(tokens(1, 3))
     with pytest.raises(ValueError, match=r"SelectiveBias needs more of a layer than one call; give it to Attention"):
         layer(AttnWindow())(tokens(1, 3), bias=SelectiveBias())
+
+
+@pytest.mark.parametrize("policy", [SelectiveBias(), Cope(D, 4), Dape(Alibi(H), H)], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_what_empty_slots_hold_is_never_looked_at(policy: Policy, queries: int) -> None:
+    """The bias is a number there, too: a kernel need not know which of them it may touch."""
+    k_pos = torch.tensor([[4, -1, 2, 3, -1, 5]])
+    empty = k_pos[0] < 0
+    k, extra = torch.randn(1, K, 6, D), torch.zeros(1, 4, 6)
+    k[:, :, empty] = extra[:, :, empty] = float("nan")
+    asked = BiasContext(torch.arange(6 - queries, 6)[None], k_pos, torch.randn(1, H, queries, D), 0.5, k=k, extra=extra)
+    assert all(term.isfinite().all() for term in policy.terms(asked) if isinstance(term, Tensor))
