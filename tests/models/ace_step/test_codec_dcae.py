@@ -52,8 +52,10 @@ def test_encodes_and_decodes_as_diffusers(down: str, up: str, frames: int, tmp_p
     codec = Dcae.from_checkpoint(tmp_path)
     picture, latents = torch.randn(2, 2, 8, 4 * frames), torch.randn(2, 4, 6, frames)
     with torch.no_grad():
-        torch.testing.assert_close(codec.encoder(picture), peer.encoder(picture), atol=1e-5, rtol=0)
-        torch.testing.assert_close(codec.decoder(latents), peer.decoder(latents), atol=1e-5, rtol=0)
+        encoded, decoded = peer.encoder(picture), peer.decoder(latents)
+        # Encoded values grow to 40, where fp32 itself has steps of 4e-6: what counts is a share of the largest.
+        torch.testing.assert_close(codec.encoder(picture), encoded, atol=1e-6 * float(encoded.abs().max()), rtol=0)
+        torch.testing.assert_close(codec.decoder(latents), decoded, atol=1e-5, rtol=0)
 
 
 def test_the_scales_on_both_sides(tmp_path: Path) -> None:
