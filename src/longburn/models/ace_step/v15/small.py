@@ -48,7 +48,7 @@ def small_music_maker(seed: int = 0, *, planner: bool = True) -> MusicMaker:
     config = AceStep15Config.from_config(CONFIG)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        text, lm = (Qwen3(_language_config(_tokenizer(codes).get_vocab_size())) for codes in (0, CODES))
+        text, lm = (Qwen3(_language_config(small_tokenizer(codes).get_vocab_size())) for codes in (0, CODES))
         model, codec = AceStep15(config), Oobleck(CODEC)
         for module in (model, text, lm):  # a codec's own first weights do
             for name, parameter in module.named_parameters():
@@ -61,12 +61,12 @@ def small_music_maker(seed: int = 0, *, planner: bool = True) -> MusicMaker:
     if planner:
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory) / "tokenizer.json"
-            _tokenizer(CODES).save(str(file))
+            small_tokenizer(CODES).save(str(file))
             made = Planner(lm.eval(), PlannerTokenizer.from_file(file), codes=CODES)
-    return MusicMaker(model.eval(), codec.eval(), TextEncoder(text.eval(), _tokenizer(0)), made)
+    return MusicMaker(model.eval(), codec.eval(), TextEncoder(text.eval(), small_tokenizer(0)), made)
 
 
-def _tokenizer(codes: int) -> Tokenizer:
+def small_tokenizer(codes: int) -> Tokenizer:
     """Bytes, the tokens of a chat, and those of codes; a text ends where there are no codes."""
     core = Tokenizer(
         models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
