@@ -274,7 +274,8 @@ def test_narrow_and_wide_in_both_themes(forget_page: Browser, width: int, theme:
     assert browser.run("return document.documentElement.scrollWidth") <= width
     spilled = browser.run(
         "return [...document.querySelectorAll('.controls *, .panel > *')]"
-        ".filter((e) => e.getBoundingClientRect().right > e.closest('.controls, .panel').getBoundingClientRect().right).map((e) => e.id || e.localName)"
+        ".filter((e) => e.getBoundingClientRect().right > e.closest('.controls, .panel').getBoundingClientRect().right)"
+        ".map((e) => e.id || e.localName)"
     )
     assert spilled == []
     assert browser.run("return [...document.querySelectorAll('canvas')].every((c) => c.width >= 100)")
