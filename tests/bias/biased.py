@@ -212,3 +212,14 @@ def check(case: dict[str, object], making: Making, written: Written, tolerance: 
         rows.finish(row)
     for x, got in rows.finished:
         np.testing.assert_allclose(got, wanted(layer, written, x), atol=tolerance, rtol=0)
+
+
+def check_any_chunks(making: Making, written: Written, window: AttnWindow, *, sinks: bool) -> None:
+    """The whole at once and in every cut, against the formula; packed, every cut against token by token."""
+    layer, x = build(making, window, sinks=sinks), inputs(2, 41)
+    answers = np.stack([wanted(layer, written, row) for row in x])
+    np.testing.assert_allclose(layer(torch.tensor(x)).detach().numpy(), answers, atol=1e-11, rtol=0)
+    one = stream(layer, x, 1, packed=True)
+    for chunk in chunks(window.size):
+        np.testing.assert_allclose(stream(layer, x, chunk), answers, atol=1e-11, rtol=0)
+        np.testing.assert_allclose(stream(layer, x, chunk, packed=True), one, atol=1e-10, rtol=0)

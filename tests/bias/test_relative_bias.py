@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from biased import HEADS, D, M, build, cases, check, chunks, inputs, numbers, stream, wanted
+from biased import HEADS, D, M, build, cases, check, check_any_chunks, chunks, inputs, numbers, stream
 from hypothesis import HealthCheck, given, settings
 from torch.func import functional_call
 
@@ -48,11 +48,7 @@ def written(policy: Policy, x: np.ndarray):
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_any_chunks_give_the_formula(window: AttnWindow, sinks: bool) -> None:
-    layer, x = build(making, window, sinks=sinks), inputs(2, 41)
-    answers = np.stack([wanted(layer, written, row) for row in x])
-    np.testing.assert_allclose(layer(torch.tensor(x)).detach().numpy(), answers, atol=1e-11, rtol=0)
-    for chunk in chunks(window.size):
-        np.testing.assert_allclose(stream(layer, x, chunk), answers, atol=1e-11, rtol=0)
+    check_any_chunks(making, written, window, sinks=sinks)
 
 
 @settings(max_examples=40, suppress_health_check=list(HealthCheck))

@@ -1,5 +1,7 @@
 """Biases that are a function of the distance alone: T5's buckets, KERPLE, Sandwich."""
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -87,9 +89,9 @@ class DistancePolicy(Policy):
             raise ValueError(f"{type(self).__name__}: {heads} heads, wanted at least 1")
         self.heads = heads
 
+    @abstractmethod
     def at(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
         """f at int64 distances of any shape, `[H, *shape]`, in the type."""
-        raise NotImplementedError
 
     def table(self, low: int, high: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """f at the distances `low .. high`, `[H, high - low + 1]`."""

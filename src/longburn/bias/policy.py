@@ -1,5 +1,6 @@
 """What a bias policy is: an object that states the additive bias of a call in the cheapest exact form it knows."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -63,7 +64,7 @@ class BiasPolicy(Protocol):
         ...
 
 
-class Policy(nn.Module):
+class Policy(nn.Module, ABC):
     """A policy with parameters, numbers of its own for every token, or rows that are large. `Attention(bias=)` owns it.
 
     Attributes:
@@ -81,9 +82,9 @@ class Policy(nn.Module):
     keys: bool = False
     renews: bool = False
 
+    @abstractmethod
     def terms(self, context: BiasContext) -> BiasTerms:
         """The bias of this call; nothing in it may depend on how the stream was cut into calls."""
-        raise NotImplementedError
 
     def writes_rows(self, context: BiasContext) -> bool:
         """Whether `terms` writes dense rows for this call."""
@@ -99,12 +100,12 @@ class Policy(nn.Module):
             previous: `[B, C]`, what is kept for the token right before the first of these; 0 at the start. As it is all
                 that is known of the past, rewinds, resets and passes that are not committed need no other state.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__}: keeps {self.channels} numbers a token, but does not say which")
 
     def renewed(self, context: BiasContext, call: BiasContext) -> Tensor:
         """What to keep for all tokens, `[B, C, S]`, after the queries of the context, which are some or all of those of
         the call."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__}: renews what it keeps, but does not say how")
 
     def queries(self, q: Tensor) -> Tensor:
         """The queries `[B, H, T, D]` that attend, from the projected (and normed) ones."""

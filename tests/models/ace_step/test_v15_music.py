@@ -15,9 +15,10 @@ from longburn.diffusion import SamplingCancelledError, draw_noise, seeded
 from longburn.models.ace_step.codecs import Oobleck
 from longburn.models.ace_step.codecs.level import at_peak
 from longburn.models.ace_step.planner import SongPlan, SongRequest
+from longburn.models.ace_step.planner.prompts import MOST_LYRIC_TOKENS
 from longburn.models.ace_step.v15 import music
 from longburn.models.ace_step.v15.music import Cover, Extend, MusicMaker, Repaint
-from longburn.models.ace_step.v15.texts import LYRIC_TOKENS, TextEncoder
+from longburn.models.ace_step.v15.texts import TextEncoder
 
 SECONDS, FRAMES = 10.03, 251
 KNOWN: dict[str, Any] = {"bpm": 97, "keyscale": "F# minor", "timesignature": "3"}
@@ -126,6 +127,24 @@ def test_codes_and_plan(peer: Peer) -> None:
     assert_parity(made, out[0], 2e-5)
 
 
+def test_silence_follows_codes_that_end_early(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts: list[Tensor] = []
+
+    class Seen(music.DiTVelocity):
+        def __init__(self, dit: Any, context: Tensor, *rest: Any, **options: Any) -> None:
+            contexts.append(context)
+            super().__init__(dit, context, *rest, **options)
+
+    monkeypatch.setattr(music, "DiTVelocity", Seen)
+    codes = [*range(50)]
+    peer.maker.latents(REQUEST, seconds=SECONDS, codes=codes, seed=7)
+    source, mask = contexts[0].split(ACOUSTIC, 2)
+    with torch.no_grad():
+        assert torch.equal(source[:, :250], peer.maker.model.hints(torch.tensor([codes])))
+    assert torch.equal(source[:, 250:], peer.maker.model.silence[:, 250:FRAMES])
+    assert bool((mask == 1).all())
+
+
 def test_repaint_and_extend(peer: Peer) -> None:
     source = randn(1, FRAMES, ACOUSTIC, seed=2)
     made = peer.maker.latents(REQUEST, task=Repaint(source, 2.0, 5.0), seed=7)
@@ -188,7 +207,7 @@ def test_refusals(peer: Peer, arguments: dict[str, Any], message: str) -> None:
 
 
 def test_other_refusals(peer: Peer) -> None:
-    with pytest.raises(ValueError, match=f"wanted at most {LYRIC_TOKENS}"):
+    with pytest.raises(ValueError, match=f"wanted at most {MOST_LYRIC_TOKENS}"):
         peer.maker.latents(SongRequest("x", "la " * 700), seconds=10)
     with pytest.raises(ValueError, match="no planner"):
         peer.maker.plan(REQUEST, 10)

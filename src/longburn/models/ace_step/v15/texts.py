@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from longburn.models.ace_step.planner.prompts import MOST_LYRIC_TOKENS
 from longburn.models.decoder import Decoder
 from longburn.models.llama import hf_rules
 from longburn.models.qwen3 import Qwen3, Qwen3Config
@@ -22,7 +23,7 @@ from longburn.weights.packed import Derived, DerivedSource
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-CAPTION_TOKENS, LYRIC_TOKENS = 256, 2048  # that are read
+CAPTION_TOKENS = 256  # that are read
 
 
 class TextEncoder:
@@ -76,8 +77,10 @@ class TextEncoder:
             ValueError: more than 2048 tokens.
         """
         ids = self._ids(text)
-        if ids.shape[1] > LYRIC_TOKENS:
-            raise ValueError(f"ACE-Step: the lyrics are {ids.shape[1]} tokens, wanted at most {LYRIC_TOKENS}; cut them")
+        if ids.shape[1] > MOST_LYRIC_TOKENS:
+            raise ValueError(
+                f"ACE-Step: the lyrics are {ids.shape[1]} tokens, wanted at most {MOST_LYRIC_TOKENS}; cut them"
+            )
         embedded: Tensor = self.model.embed(ids.to(self.model.embed.weight.device))
         return embedded
 
