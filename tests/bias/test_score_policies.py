@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longburn import Alibi, Attention, AttnWindow, RotaryEncoding, attend
 from longburn.attention import core
-from longburn.bias import BiasContext, Cope, Dape, Fire, KerpleLog, Policy, T5Buckets
+from longburn.bias import BiasContext, Cope, Dape, Fire, ForgetBias, KerpleLog, Policy, T5Buckets
 
 double = torch.float64
 
@@ -246,8 +246,5 @@ def test_what_they_refuse(call: Callable[[], object], message: str) -> None:
 
 
 def test_dape_refuses_a_base_with_numbers_of_its_own() -> None:
-    class Numbered(Policy):
-        channels = 2
-
-    with pytest.raises(ValueError, match="Dape: Numbered keeps 2 numbers for every token"):
-        Dape(Numbered(), 4)
+    with pytest.raises(ValueError, match="Dape: ForgetBias keeps 2 numbers for every token"):
+        Dape(ForgetBias(8, 2), 4)
