@@ -166,8 +166,9 @@ def test_streaming_equals_the_oracle(case):
 
 
 @pytest.mark.cuda
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(cases(), st.sampled_from([32, 64, 80]))
+@pytest.mark.parametrize("head_dim", [32, 64, 80])
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases())
 def test_on_a_gpu_too(case, head_dim):
     generator, w, sinks, layer = build({**case, "head_dim": head_dim, "impl": "auto"})
     check({**case, "head_dim": head_dim}, (generator, w, sinks, layer.float().cuda()), TOLERANCE_32)

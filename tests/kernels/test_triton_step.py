@@ -169,14 +169,14 @@ ROTARY = [(12, 12, False), (12, 12, True), (20, 6, False), (20, 6, True), (64, 6
 
 
 def turn(x: Tensor, phase: Tensor, interleaved: bool) -> Tensor:
-    """In fp64: pairs of channels are complex numbers that are multiplied by exp(i phase)."""
+    """In fp64 on the CPU: pairs of channels are complex numbers that are multiplied by exp(i phase)."""
+    phase, out = phase.cpu(), x.double().cpu().clone()
     half = phase.shape[-1]
     first = torch.arange(0, 2 * half, 2) if interleaved else torch.arange(half)
     second = first + (1 if interleaved else half)
-    out = x.double().clone()
     turned = torch.complex(out[..., first], out[..., second]) * torch.polar(torch.ones_like(phase), phase)
     out[..., first], out[..., second] = turned.real, turned.imag
-    return out
+    return out.to(x.device)
 
 
 def spread(phase: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
