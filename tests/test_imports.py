@@ -19,7 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"kernels"}),
     frozenset({"cache", "rope", "bias"}),
     frozenset({"attention"}),
-    frozenset({"nn", "generation"}),
+    frozenset({"nn", "generation", "interact"}),
     frozenset({"models"}),
     frozenset({"cli"}),
 )
@@ -33,11 +33,15 @@ ASIDE: dict[str, frozenset[str]] = {
 # Who may look aside. Models and the command line may use everything.
 LOOKS_ASIDE: dict[str, frozenset[str]] = {
     "generation": frozenset({"sampling", "text"}),
+    "interact": frozenset({"sampling"}),
     "models": frozenset(ASIDE),
     "cli": frozenset(ASIDE),
 }
 # Loaded where they are first used: optional, slow to import, or absent on some machines.
-NEVER_AT_MODULE_LEVEL = {"triton", "transformers", "matplotlib", "tiktoken", "openai_harmony", "diffusers"}
+NEVER_AT_MODULE_LEVEL = {
+    *("triton", "transformers", "matplotlib", "tiktoken", "openai_harmony", "diffusers"),
+    *("gymnasium", "minigrid", "PIL", "av"),
+}
 # Triton's kernels are the exception: they are decorated when their module is loaded, so nobody else loads it at once.
 TRITON_KERNELS = "kernels/triton"
 # The command line must answer --help at once: nothing heavy until a command runs.
