@@ -17,7 +17,7 @@ from longburn.kernels import rotate as rotate_kernels
 from longburn.kernels import triton as triton_kernels
 from longburn.kernels.append import FP8, FP8_MAX, AppendCall, Rotated, quantised
 from longburn.kernels.linear import LinearCall, linear
-from longburn.kernels.norm import NormCall
+from longburn.kernels.norm import HeadNorms, NormCall
 from longburn.kernels.rotate import AnglesCall, RotateCall, angles, rotate
 
 pytest.importorskip("triton")
@@ -201,6 +201,18 @@ def test_rotation(D: int, R: int, interleaved: bool, rows: int, dtype: torch.dty
     assert torch.equal(got[..., R:], x[..., R:])
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("D", "R", "interleaved"), ROTARY, ids=str)
+def test_rotation_of_normalised_heads(D: int, R: int, interleaved: bool, dtype: torch.dtype) -> None:
+    x = (3 * normal(2, 5, 3, 7, D, dtype=dtype))[:, :, 1].transpose(1, 2)[:, 2:6]
+    weight, phase = 1 + normal(D, dtype=dtype), normal(1, 1, 5, R // 2).double() * 6
+    call = RotateCall(x, *spread(phase, interleaved), interleaved, weight, 1e-3)
+    wide = x.double()
+    exact = turn(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-3) * weight.double(), phase, interleaved)
+    got = compute(rotate_kernels.ROTATE, "triton", call)
+    assert_as_good(got, compute(rotate_kernels.ROTATE, "reference", call), exact)
+
+
 # --- append -----------------------------------------------------------------------------------------------------------
 
 APPENDS = {  # sink tokens, ring, slots, positions (a row for all, or one a row)
@@ -269,19 +281,23 @@ def test_append(case: str, heads: int, turned: bool, dtype: torch.dtype) -> None
                 assert_as_good(ours, rotate(q, *pair, interleaved=False), turn(q, angle, False))
 
 
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("D", "R", "interleaved"), ROTARY, ids=str)
-def test_append_rotates_as_rotate_does(D: int, R: int, interleaved: bool) -> None:
+def test_append_rotates_as_rotate_does(D: int, R: int, interleaved: bool, normed: bool) -> None:
     q, k = normal(2, 4, 3, D), normal(2, 2, 3, D, seed=1)
     pair = spread(normal(1, 1, 3, R // 2).double() * 6, interleaved)
     cache, held = torch.zeros(2, 2, 5, D, device=DEVICE), torch.full((1, 5), -1, device=DEVICE)
     positions = torch.tensor([[0, 1, 2]], device=DEVICE)
-    call = AppendCall(k, k, positions, cache, cache.clone(), held, 0, 4, q, pair, None, interleaved)
+    norms = HeadNorms(1 + normal(D, seed=2), 1 + normal(D, seed=3), 1e-3) if normed else None
+    call = AppendCall(k, k, positions, cache, cache.clone(), held, 0, 4, q, pair, pair, interleaved, norms)
     got: Rotated = compute(append_kernels.OPERATION, "triton", call)
+    q_norm, k_norm = ({"weight": x, "eps": 1e-3} if norms else {} for x in (norms or (None, None))[:2])
     with use_impl("triton"):
         assert got.q is not None
-        assert torch.equal(got.q, rotate(q, *pair, interleaved=interleaved))
-        assert torch.equal(cache[:, :, :3], rotate(k, *pair, interleaved=interleaved))
-    assert got.q_sink is None
+        assert got.q_sink is not None
+        assert torch.equal(got.q, rotate(q, *pair, interleaved=interleaved, **q_norm))
+        assert torch.equal(got.q_sink, got.q)
+        assert torch.equal(cache[:, :, :3], rotate(k, *pair, interleaved=interleaved, **k_norm))
 
 
 def test_append_of_one_clock_to_rows_of_their_own() -> None:

@@ -11,6 +11,7 @@ from longburn.bias import BiasPolicy, Bound, DenseBias, Policy
 from longburn.cache import AttnWindow, Extra, KeyValues, RollingKVCache, Rotation, Step
 from longburn.kernels.attend import Known
 from longburn.kernels.linear import linear
+from longburn.kernels.norm import HeadNorms, rms_norm
 from longburn.rope import Angles, Rope3dEncoding, RotaryEncoding
 
 
@@ -157,15 +158,32 @@ class Attention(nn.Module):
         return linear(out.transpose(1, 2).reshape(B, T, -1), self.out.weight, self.out.bias, residual=residual)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k, normed and scaled but not yet rotated, heads of one tensor `[B, H + K, T, D]`; v `[B, K, T, D]`."""
+        """q and k, heads of one tensor `[B, H + K, T, D]`; v `[B, K, T, D]`.
+
+        They are not yet rotated, and normalised only where something else comes before the rotation.
+        """
         B, T, _ = x.shape
         fused = linear(x, self.qkv.weight, self.qkv.bias).view(B, T, -1, self.head_dim).transpose(1, 2)
         qk, v = fused[:, : -self.kv_heads], fused[:, -self.kv_heads :]
-        if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat([self.q_norm(qk[:, : self.heads]), self.k_norm(qk[:, self.heads :])], 1)
+        norms = self._norms
+        if norms is not None and not self._normed_with_rotation:
+            heads = ((qk[:, : self.heads], norms.q), (qk[:, self.heads :], norms.k))
+            qk = torch.cat([rms_norm(x, weight, norms.eps, round_last=True) for x, weight in heads], 1)
         if isinstance(self.bias, Policy) and self.bias.changes_queries:
             qk = torch.cat([self.bias.queries(qk[:, : self.heads]), qk[:, self.heads :]], 1)
         return (qk * math.sqrt(self.scale) if self.prescale else qk), v
+
+    @property
+    def _norms(self) -> HeadNorms | None:
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        assert self.q_norm.eps is not None
+        return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+
+    @property
+    def _normed_with_rotation(self) -> bool:
+        """Whether nobody needs q and k between the norm and the rotation."""
+        return not self.prescale and not isinstance(self.bias, Policy)
 
     def _check_bias(self, prescale: bool) -> None:
         policy = self.bias
@@ -221,11 +239,12 @@ class Attention(nn.Module):
         return step
 
     def _rotation(self, q: Tensor, step: Step, dtype: torch.dtype) -> Rotation:
-        """How these queries, and keys with them, are rotated."""
+        """How these queries, and keys with them, are normalised and rotated."""
+        norms = self._norms if self._normed_with_rotation else None
         if self.rope is None:
-            return Rotation(q, None)
+            return Rotation(q, None, norms=norms)
         clamped = self._sink_angles(step, dtype) if self._distance_is_clamped(step) else None
-        return Rotation(q, self._angles(step, dtype), clamped, self.rope.interleaved)
+        return Rotation(q, self._angles(step, dtype), clamped, self.rope.interleaved, norms)
 
     def _angles(self, step: Step, dtype: torch.dtype) -> Angles:
         rope = self.rope

@@ -10,6 +10,7 @@ from longburn.attention.core import attend
 from longburn.cache import AttnWindow
 from longburn.kernels.attend import Known
 from longburn.kernels.linear import linear
+from longburn.kernels.norm import rms_norm
 
 
 class CrossKeyValues(NamedTuple):
@@ -81,9 +82,7 @@ class CrossAttention(nn.Module):
                 f"CrossAttention.keys_values: mask is {mask.dtype} {tuple(mask.shape)}, wanted bool ({B}, {S})"
             )
         k, v = linear(context, self.kv.weight, self.kv.bias).view(B, S, 2, self.kv_heads, self.head_dim).unbind(2)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if self.k_norm is not None:
-            k = self.k_norm(k)
+        k, v = _normed(k, self.k_norm).transpose(1, 2), v.transpose(1, 2)
         pos = torch.arange(S, device=context.device)[None]
         return CrossKeyValues(k, v, pos if mask is None else torch.where(mask, pos, -1), mask is None)
 
@@ -97,11 +96,18 @@ class CrossAttention(nn.Module):
         """
         B, T, _ = x.shape
         k, v, k_pos, full = context if isinstance(context, CrossKeyValues) else self.keys_values(context)
-        q = linear(x, self.q.weight, self.q.bias).view(B, T, self.heads, self.head_dim).transpose(1, 2)
-        if self.q_norm is not None:
-            q = self.q_norm(q)
+        q = linear(x, self.q.weight, self.q.bias).view(B, T, self.heads, self.head_dim)
+        q = _normed(q, self.q_norm).transpose(1, 2)
         everything = AttnWindow(lookahead=None)
         q_pos = torch.arange(T, device=x.device)[None]  # where a query stands changes nothing: it sees everything
         known = (Known(0, T, k.shape[2], 0, 0, True),) if full else None
         out = attend(q, k, v, q_pos=q_pos, k_pos=k_pos, window=everything, bias=bias, scale=self.scale, known=known)
         return linear(out.transpose(1, 2).reshape(B, T, -1), self.out.weight, self.out.bias)
+
+
+def _normed(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+    """`[..., D]`, before heads and tokens change places: rows then lie one after the other."""
+    if norm is None:
+        return x
+    assert norm.eps is not None
+    return rms_norm(x, norm.weight, norm.eps, round_last=True)

@@ -10,6 +10,7 @@ from longburn.cache.extra import NO_EXTRA, REBASED, Extra
 from longburn.kernels.append import FP8, AppendCall, Rotated, append, put, quantised, rotated, slots_of
 from longburn.kernels.attend import Known
 from longburn.kernels.attend.call import unpacked
+from longburn.kernels.norm import HeadNorms
 
 Pair = tuple[Tensor, Tensor]  # of keys and of values
 
@@ -18,16 +19,17 @@ class Rotation(NamedTuple):
     """Rotary angles for keys on their way into the cache, and queries `[B, H, T, D]` that are rotated with them.
 
     `angles` and `sink_angles` are cos and sin, `[B|1, 1, T, R]`; the second ones, if given, are those at which the
-    queries look at kept sink tokens.
+    queries look at kept sink tokens. With `norms` both are normalised before.
     """
 
     q: Tensor | None
     angles: Pair | None
     sink_angles: Pair | None = None
     interleaved: bool = False
+    norms: HeadNorms | None = None
 
     def apply(self, k: Tensor) -> tuple[Tensor, Rotated]:
-        """k `[B, K, T, D]` and the queries, rotated."""
+        """k `[B, K, T, D]` and the queries, normalised and rotated."""
         return rotated(k, *self)
 
 

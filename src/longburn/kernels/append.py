@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longburn.kernels import native, triton
+from longburn.kernels.norm import HeadNorms, rms_norm
 from longburn.kernels.registry import Impl, Operation
 from longburn.kernels.rotate import check_angles, rotate
 
@@ -21,9 +22,10 @@ class AppendCall(NamedTuple):
     be there: the buffers have one more than can be named, which takes the writes that go nowhere.
 
     With `angles`, keys are rotated on their way into the cache, and `q` is rotated and handed back; with `sink_angles`
-    it is rotated by those as well. With `scales` the caches are fp8: what is written is divided by its largest
-    magnitude over 448, one for every token and head, and `scales` keep the divisors. With `before` the first
-    `sink_tokens` slots lie there, in the type of k; the caches and scales begin with the slot after them.
+    it is rotated by those as well. With `norms` both are normalised before. With `scales` the caches are fp8: what is
+    written is divided by its largest magnitude over 448, one for every token and head, and `scales` keep the divisors.
+    With `before` the first `sink_tokens` slots lie there, in the type of k; the caches and scales begin with the slot
+    after them.
     """
 
     k: Tensor  # [B, K, T, D]
@@ -38,6 +40,7 @@ class AppendCall(NamedTuple):
     angles: tuple[Tensor, Tensor] | None = None  # cos and sin [B|1, 1, T, R], as in `rotate`
     sink_angles: tuple[Tensor, Tensor] | None = None
     interleaved: bool = False
+    norms: HeadNorms | None = None
     scales: tuple[Tensor, Tensor] | None = None  # of k and v, fp32 [B, K, slots + 1]
     before: tuple[Tensor, Tensor] | None = None  # k and v [B, K, sink_tokens + 1, D]
 
@@ -62,12 +65,20 @@ def rotated(
     angles: tuple[Tensor, Tensor] | None,
     sink_angles: tuple[Tensor, Tensor] | None,
     interleaved: bool,
+    norms: HeadNorms | None,
 ) -> tuple[Tensor, Rotated]:
-    """k, and what is handed back, after the rotations of an `AppendCall` with these."""
-    q_sink = None if q is None or sink_angles is None else rotate(q, *sink_angles, interleaved=interleaved)
+    """k, and what is handed back, after the norms and rotations of an `AppendCall` with these."""
+
+    def turned(x: Tensor, by: tuple[Tensor, Tensor], weight: Tensor | None) -> Tensor:
+        return rotate(x, *by, interleaved=interleaved, weight=weight, eps=0.0 if norms is None else norms.eps)
+
+    q_weight, k_weight, _ = norms or (None, None, 0.0)
+    q_sink = None if q is None or sink_angles is None else turned(q, sink_angles, q_weight)
     if angles is not None:
-        k = rotate(k, *angles, interleaved=interleaved)
-        q = None if q is None else rotate(q, *angles, interleaved=interleaved)
+        return turned(k, angles, k_weight), Rotated(None if q is None else turned(q, angles, q_weight), q_sink)
+    if norms is not None:
+        k = rms_norm(k, norms.k, norms.eps, round_last=True)
+        q = None if q is None else rms_norm(q, norms.q, norms.eps, round_last=True)
     return k, Rotated(q, q_sink)
 
 
@@ -83,7 +94,7 @@ def slots_of(positions: Tensor, sink_tokens: int, ring: int | None, nowhere: int
 
 def _reference(call: AppendCall) -> Rotated:
     held, sinks = call.held, call.sink_tokens
-    k, result = rotated(call.k, call.q, call.angles, call.sink_angles, call.interleaved)
+    k, result = _rotated(call)
     nowhere = held.shape[1] - 1
     pos = call.positions.expand(held.shape[0], -1)
     slot = slots_of(pos, sinks, call.ring, nowhere)
@@ -111,8 +122,12 @@ def put(cache: Tensor, slot: Tensor, x: Tensor) -> None:
         cache.scatter_(2, index.expand(x.shape), x)
 
 
+def _rotated(call: AppendCall) -> tuple[Tensor, Rotated]:
+    return rotated(call.k, call.q, call.angles, call.sink_angles, call.interleaved, call.norms)
+
+
 def _native(call: AppendCall) -> Rotated:
-    k, result = rotated(call.k, call.q, call.angles, call.sink_angles, call.interleaved)
+    k, result = _rotated(call)
     v, positions, k_cache, v_cache, held = call.v, call.positions, call.k_cache, call.v_cache, call.held
     B, K, T, D = k.shape
     size = k.itemsize
@@ -147,8 +162,10 @@ def _triton_why_not(call: AppendCall) -> str | None:
     k, D = call.k, call.k.shape[3]
     angles = [x for pair in (call.angles, call.sink_angles) for x in pair or ()]
     pairs = [pair for pair in ((call.k_cache, call.v_cache), call.scales, call.before) if pair is not None]
-    if reason := triton.why_not(call.q, k, call.v, *angles):
+    if reason := triton.why_not(call.q, k, call.v, *angles, *(call.norms or ())[:2]):
         return reason
+    if call.norms is not None and (call.angles is None or not all(x.is_contiguous() for x in call.norms[:2])):
+        return "norms come before a rotation, with weights without gaps"
     if k.dtype not in triton.TYPES or not all(x is None or x.dtype == k.dtype for x in (call.q, call.v)):
         return f"takes fp32, bf16 or fp16, one type for all, got {k.dtype}"
     if call.k_cache.dtype != (k.dtype if call.scales is None else FP8):
@@ -175,8 +192,11 @@ def append(call: AppendCall) -> Rotated:
     """Write k, v and their positions into the caches of the call; what is wanted of q comes back rotated.
 
     Raises:
-        ValueError: angles of another shape; nothing is written then.
+        ValueError: angles or norms of another shape; nothing is written then.
     """
+    if call.norms is not None and not call.norms.q.shape == call.norms.k.shape == call.k.shape[3:]:
+        q, k, _ = call.norms
+        raise ValueError(f"append: norms of {tuple(q.shape)} and {tuple(k.shape)}, wanted ({call.k.shape[3]},) each")
     for pair in (call.angles, call.sink_angles):
         if pair is not None:
             check_angles("append", call.k, *pair)

@@ -11,6 +11,17 @@ from longburn.kernels.registry import Impl, Operation
 LARGEST_ROW = 16384  # channels that one program of the Triton kernel holds
 
 
+class HeadNorms(NamedTuple):
+    """An RMSNorm over every head's channels: weights `[D]` of queries and of keys, and the epsilon of both.
+
+    Multiplied by the weight before the one rounding, which comes after a rotation that is computed with it.
+    """
+
+    q: Tensor
+    k: Tensor
+    eps: float
+
+
 class NormCall(NamedTuple):
     """x `[..., n]`, weight `[n]`; `round_last` as in `rms_norm`."""
 
@@ -29,7 +40,8 @@ def _reference(call: NormCall) -> Tensor:
 
 
 def _native(call: NormCall) -> Tensor:
-    x, y, n = call.x, torch.empty_like(call.x), call.x.shape[-1]
+    x, n = call.x.contiguous(), call.x.shape[-1]
+    y = torch.empty_like(x)
     words = (native.address(x), native.address(call.weight), native.address(y), x.numel() // n, n, float(call.eps))
     native.launch("rms_norm", *words, int(call.round_last), native.TYPES[x.dtype])
     return y
@@ -41,9 +53,7 @@ def _native_why_not(call: NormCall) -> str | None:
         return f"runs on the CPU, got {x.device.type}"
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return "has no gradients"
-    if not (x.is_contiguous() and weight.is_contiguous()):
-        return "x or weight has gaps"
-    return native.why_not(x, weight)
+    return native.why_not(x, weight) if weight.is_contiguous() else "weight has gaps"
 
 
 @triton.on_its_device
@@ -59,8 +69,8 @@ def _triton_why_not(call: NormCall) -> str | None:
         return reason
     if x.dtype not in triton.TYPES or weight.dtype != x.dtype:
         return f"takes fp32, bf16 or fp16, one type for all, got {x.dtype} and {weight.dtype}"
-    if not (x.is_contiguous() and weight.is_contiguous()):
-        return "x or weight has gaps"
+    if not weight.is_contiguous():
+        return "weight has gaps"
     return None if x.shape[-1] <= LARGEST_ROW else f"takes {LARGEST_ROW} channels at most, got {x.shape[-1]}"
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longburn.kernels import native, triton
+from longburn.kernels.norm import rms_norm
 from longburn.kernels.registry import Impl, Operation
 
 FEW_POSITIONS = 16  # beyond, PyTorch's vectorised cosine is faster than the C library's
@@ -22,13 +23,15 @@ class AnglesCall(NamedTuple):
 
 class RotateCall(NamedTuple):
     """x `[B, H, T, D]`, cos and sin `[B|1, 1, T, R]`; the first R channels rotate, in half-split or interleaved
-    pairs.
+    pairs. With a weight `[D]`, x is RMS-normalised over D before.
     """
 
     x: Tensor
     cos: Tensor
     sin: Tensor
     interleaved: bool
+    weight: Tensor | None = None
+    eps: float = 0.0
 
 
 def _angles_reference(call: AnglesCall) -> tuple[Tensor, Tensor]:
@@ -83,9 +86,13 @@ ANGLES: Operation[AnglesCall, tuple[Tensor, Tensor]] = Operation(
 )
 
 
+def _normed(call: RotateCall) -> Tensor:
+    return call.x if call.weight is None else rms_norm(call.x, call.weight, call.eps, round_last=True)
+
+
 def _rotate_reference(call: RotateCall) -> Tensor:
     """In the wider type of x and the angles."""
-    x, cos, sin, interleaved = call
+    (_, cos, sin, interleaved, *_), x = call, _normed(call)
     R = cos.shape[-1]
     if x.shape[-1] > R:
         return torch.cat((_rotate_reference(RotateCall(x[..., :R], cos, sin, interleaved)), x[..., R:]), -1)
@@ -95,7 +102,7 @@ def _rotate_reference(call: RotateCall) -> Tensor:
 
 
 def _rotate_native(call: RotateCall) -> Tensor:
-    x, cos, sin, interleaved = call
+    (_, cos, sin, interleaved, *_), x = call, _normed(call)
     B, H, T, D = x.shape
     y = torch.empty(B, H, T, D, dtype=x.dtype)
     sizes = (B, H, T, D, cos.shape[-1], *x.stride()[:3], native.row_stride(cos))
@@ -104,14 +111,14 @@ def _rotate_native(call: RotateCall) -> Tensor:
 
 
 def _rotate_native_why_not(call: RotateCall) -> str | None:
-    x, cos, sin, _ = call
+    x, cos, sin, _, weight, _ = call
     if not x.is_cpu:
         return f"runs on the CPU, got {x.device.type}"
     if not (cos.dtype == sin.dtype == torch.float32):
         return f"takes fp32 angles, got {cos.dtype}"
     if x.stride(3) != 1 or not (cos.is_contiguous() and sin.is_contiguous()):
         return "x has gaps within a head, or the angles have any"
-    if torch.is_grad_enabled() and (x.requires_grad or cos.requires_grad):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, cos, weight)):
         return "has no gradients"
     return native.why_not(x)
 
@@ -124,14 +131,14 @@ def _rotate_triton(call: RotateCall) -> Tensor:
 
 
 def _rotate_triton_why_not(call: RotateCall) -> str | None:
-    x, cos, sin, _ = call
-    if reason := triton.why_not(x, cos, sin):
+    x, cos, sin, _, weight, _ = call
+    if reason := triton.why_not(x, cos, sin, weight):
         return reason
     if x.dtype not in triton.TYPES or not (cos.dtype == sin.dtype == torch.float32):
         return f"takes fp32, bf16 or fp16 and fp32 angles, got {x.dtype} and {cos.dtype}"
     if x.stride(3) != 1 or not (cos.is_contiguous() and sin.is_contiguous()):
         return "x has gaps within a head, or the angles have any"
-    return None
+    return None if weight is None or weight.is_contiguous() else "weight has gaps"
 
 
 ROTATE: Operation[RotateCall, Tensor] = Operation(
@@ -159,11 +166,17 @@ def check_angles(name: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+def rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, weight: Tensor | None = None, eps: float = 0.0
+) -> Tensor:
     """Rotate the first R channels of x `[B, H, T, D]`; returned in x's type.
 
+    With a weight `[D]`, x is first divided by `sqrt(mean(x^2) + eps)` over D and multiplied by it.
+
     Raises:
-        ValueError: angles of another shape.
+        ValueError: angles or a weight of another shape.
     """
     check_angles("rotate", x, cos, sin)
-    return ROTATE(RotateCall(x, cos, sin, interleaved))
+    if weight is not None and weight.shape != x.shape[3:]:
+        raise ValueError(f"rotate: weight {tuple(weight.shape)} for {tuple(x.shape)}; wanted ({x.shape[3]},)")
+    return ROTATE(RotateCall(x, cos, sin, interleaved, weight, eps))

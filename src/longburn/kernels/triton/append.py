@@ -36,9 +36,9 @@ def _put(
 
 @triton.jit
 def _write(
-    n, b, k, v, strides, angles, positions, newest, held, row_strides, caches, scales, before, head_strides,
+    n, b, k, v, strides, weight, angles, positions, newest, held, row_strides, caches, scales, before, head_strides,
     T, K, R, D, sink_tokens, ring, nowhere,
-    PAD: tl.constexpr, INTERLEAVED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+    PAD: tl.constexpr, INTERLEAVED: tl.constexpr, EPS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Keys and values of the heads and tokens `n` of row b into their slots."""
     valid, t, h, d = n < T * K, (n // K).to(tl.int64), n % K, tl.arange(0, PAD)[None, :]
@@ -53,7 +53,7 @@ def _write(
     tl.store(held + b * row_strides[2] + slot, p, mask=kept & (h == 0) & ((b == 0) | (row_strides[2] > 0)))
     row = k + b * strides[1][0] + h * strides[1][1] + t * strides[1][2]
     if angles is not None:
-        wide, other = channels(row, valid, R, D, PAD, INTERLEAVED)
+        wide, other = channels(row, valid, R, D, weight, PAD, INTERLEAVED, EPS)
         x = turned(wide, other, angles[0], angles[1], b * row_strides[3] + t, valid, R, PAD).to(k.dtype.element_ty)
     else:
         x = tl.load(row[:, None] + d, mask=inside, other=0.0)
@@ -68,14 +68,14 @@ def _write(
 
 @triton.jit
 def _turn(
-    n, b, q, strides, q_out, q_sink, angles, sink_angles, row_strides,
-    T, H, R, D, PAD: tl.constexpr, INTERLEAVED: tl.constexpr,
+    n, b, q, strides, weight, q_out, q_sink, angles, sink_angles, row_strides,
+    T, H, R, D, PAD: tl.constexpr, INTERLEAVED: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """Queries of the heads and tokens `n` of row b, by both pairs of angles."""
     valid, t, h, d = n < T * H, (n // H).to(tl.int64), n % H, tl.arange(0, PAD)[None, :]
     inside, at = valid[:, None] & (d < D), ((b * H + h) * T + t)[:, None] * D + d
     row, token = q + b * strides[0][0] + h * strides[0][1] + t * strides[0][2], b * row_strides[3] + t
-    x, other = channels(row, valid, R, D, PAD, INTERLEAVED)
+    x, other = channels(row, valid, R, D, weight, PAD, INTERLEAVED, EPS)
     if angles is not None:
         out = turned(x, other, angles[0], angles[1], token, valid, R, PAD)
         tl.store(q_out + at, out.to(q_out.dtype.element_ty), mask=inside)
@@ -90,6 +90,8 @@ def _append(
     k,
     v,
     strides,  # of q, k and v: rows, heads, tokens
+    q_weight,  # of norms; None where there are none, as k_weight
+    k_weight,
     q_out,
     q_sink,
     angles,  # cos and sin, as sink_angles; None where there are none
@@ -113,6 +115,7 @@ def _append(
     BLOCK: tl.constexpr,
     PAD: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    EPS: tl.constexpr,
     LEAST: tl.constexpr,
     MOST: tl.constexpr,
     PDL: tl.constexpr,
@@ -126,12 +129,12 @@ def _append(
     if tl.program_id(0) < queries:
         if q is not None:
             _turn(
-                *(n, b, q, strides, q_out, q_sink, angles, sink_angles, row_strides),
-                *(T, H, R, D, PAD, INTERLEAVED),
+                *(n, b, q, strides, q_weight, q_out, q_sink, angles, sink_angles, row_strides),
+                *(T, H, R, D, PAD, INTERLEAVED, EPS),
             )
     else:
         _write(
-            *(n - queries * BLOCK, b, k, v, strides, angles, positions, newest, held, row_strides),
+            *(n - queries * BLOCK, b, k, v, strides, k_weight, angles, positions, newest, held, row_strides),
             *(
                 caches,
                 scales,
@@ -146,6 +149,7 @@ def _append(
                 nowhere,
                 PAD,
                 INTERLEAVED,
+                EPS,
                 LEAST,
                 MOST,
             ),
@@ -169,11 +173,14 @@ def append(call: "AppendCall", least: float, most: float) -> tuple[Tensor | None
     block = rows_of_a_program(B * T * max(H, K))
     pdl = overlaps(k.device)
     queries = 0 if q_out is None and q_sink is None else H
+    q_weight, k_weight, eps = call.norms or (None, None, 0.0)
     _append[(triton.cdiv(T * queries, block) + triton.cdiv(T * K, block), B)](
         q if queries else None,
         k,
         v,
         tuple((0, 0, 0) if x is None else x.stride()[:3] for x in (q, k, v)),
+        q_weight,
+        k_weight,
         q_out,
         q_sink,
         call.angles,
@@ -202,6 +209,7 @@ def append(call: "AppendCall", least: float, most: float) -> tuple[Tensor | None
         BLOCK=block,
         PAD=triton.next_power_of_2(D),
         INTERLEAVED=call.interleaved,
+        EPS=float(eps),
         LEAST=least,
         MOST=most,
         PDL=pdl,

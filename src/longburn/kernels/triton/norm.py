@@ -14,27 +14,38 @@ if TYPE_CHECKING:
     from longburn.kernels.norm import NormCall
 
 GATED_BLOCK = 1024
+FEW_ROWS = 1024
+ELEMENTS = 2048  # of the rows that one program takes together
 
 
 @triton.jit
 def _rms_norm(
-    x, weight, y, size, stride, EPS: tl.constexpr, BLOCK: tl.constexpr, ROUND_LAST: tl.constexpr, PDL: tl.constexpr
+    x,
+    weight,
+    y,
+    rows,
+    size,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROUND_LAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     if PDL:
         gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    inside = cols < size
-    w = tl.load(weight + cols, mask=inside, other=0.0)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, BLOCK)[None, :]
+    at, inside = row * size + cols, (row < rows) & (cols < size)
+    w = tl.load(weight + cols, mask=cols < size, other=0.0)
     if PDL:
         gdc_wait()
-    wide = tl.load(x + row * stride + cols, mask=inside, other=0.0).to(tl.float32)
-    normed = wide * tl.rsqrt(tl.sum(wide * wide, 0) / size + EPS)
+    wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    normed = wide * tl.rsqrt(tl.sum(wide * wide, 1) / size + EPS)[:, None]
     if ROUND_LAST:
         normed = normed * w.to(tl.float32)
     else:
         normed = normed.to(y.dtype.element_ty).to(tl.float32) * w.to(tl.float32)
-    tl.store(y + row * size + cols, normed.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + at, normed.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -48,16 +59,23 @@ def _gated(x, y, hidden, BLOCK: tl.constexpr):
 
 
 def rms_norm(call: "NormCall") -> Tensor:
-    """The Impl `triton` of the operation `rms_norm`; x is contiguous."""
-    x, size = call.x, call.x.shape[-1]
+    """The Impl `triton` of the operation `rms_norm`."""
+    x, size = call.x.contiguous(), call.x.shape[-1]
     y = torch.empty_like(x)
     if x.numel():
-        block = triton.next_power_of_2(size)
+        rows, block = x.numel() // size, triton.next_power_of_2(size)
+        together = rows_of_a_program(rows, block)
         pdl = overlaps(x.device)
-        flags = {"EPS": call.eps, "BLOCK": block, "ROUND_LAST": call.round_last, "PDL": pdl, "launch_pdl": pdl}
-        warps = min(max(block // 512, 1), 16)
-        _rms_norm[(x.numel() // size,)](x, call.weight, y, size, size, **flags, num_warps=warps)
+        flags = {"EPS": float(call.eps), "ROWS": together, "BLOCK": block, "ROUND_LAST": call.round_last}
+        warps = min(max(together * block // 512, 1), 16)
+        grid = (triton.cdiv(rows, together),)
+        _rms_norm[grid](x, call.weight, y, rows, size, **flags, PDL=pdl, launch_pdl=pdl, num_warps=warps)
     return y
+
+
+def rows_of_a_program(rows: int, block: int) -> int:
+    """How many rows of up to `block` channels one program normalises: few rows are spread over all multiprocessors."""
+    return 1 if rows <= FEW_ROWS else max(1, ELEMENTS // block)
 
 
 def gated(gate_up: Tensor) -> Tensor:

@@ -26,15 +26,20 @@ def _angles(positions, frequencies, cos, sin, size, stride, T, FACTOR: tl.conste
 
 
 @triton.jit
-def channels(row, valid, R, D, PAD: tl.constexpr, INTERLEAVED: tl.constexpr):
+def channels(row, valid, R, D, weight, PAD: tl.constexpr, INTERLEAVED: tl.constexpr, EPS: tl.constexpr):
     """Values of the rows that the pointers `row` `[n]` begin, `[n, PAD]` in fp32, and those of every channel's partner.
 
-    `valid` rows and channels below D are loaded; channels from R on have no partner.
+    `valid` rows and channels below D are loaded; channels from R on have no partner. With a weight, rows are
+    normalised.
     """
     d = tl.arange(0, PAD)[None, :]
     partner = d ^ 1 if INTERLEAVED else tl.where(d < R // 2, d + R // 2, d - R // 2)
     x = tl.load(row[:, None] + d, mask=valid[:, None] & (d < D), other=0.0).to(tl.float32)
     other = tl.load(row[:, None] + partner, mask=valid[:, None] & (d < R), other=0.0).to(tl.float32)
+    if weight is not None:
+        factor = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)[:, None]
+        x *= factor * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+        other *= factor * tl.load(weight + partner, mask=d < R, other=0.0).to(tl.float32)
     return x, other
 
 
@@ -62,16 +67,18 @@ def _rotate(
     x_head,
     x_token,
     angle_batch,  # tokens from one row of angles to the next
+    weight,
     BLOCK: tl.constexpr,
     PAD: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    EPS: tl.constexpr,
 ):
     b = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = n < T * H
     t, h = n // H, n % H
     row = x + b * x_batch + h * x_head + t.to(tl.int64) * x_token
-    mine, other = channels(row, valid, R, D, PAD, INTERLEAVED)
+    mine, other = channels(row, valid, R, D, weight, PAD, INTERLEAVED, EPS)
     out = turned(mine, other, cos, sin, b * angle_batch + t, valid, R, PAD)
     d = tl.arange(0, PAD)[None, :]
     at = ((b * H + h) * T + t)[:, None] * D + d
@@ -91,14 +98,18 @@ def angles(call: "AnglesCall") -> tuple[Tensor, Tensor]:
 
 def rotate(call: "RotateCall") -> Tensor:
     """The Impl `triton` of the operation `rotate`."""
-    x, cos, sin, interleaved = call
+    x, cos, sin, interleaved, weight, eps = call
     B, H, T, D = x.shape
     y = torch.empty(B, H, T, D, dtype=x.dtype, device=x.device)
     if y.numel():
         block = rows_of_a_program(B * T * H)
         sizes = (T, H, cos.shape[-1], D, *x.stride()[:3], 0 if cos.shape[0] == 1 else T)
         _rotate[(triton.cdiv(T * H, block), B)](
-            *(x, cos, sin, y, *sizes), BLOCK=block, PAD=triton.next_power_of_2(D), INTERLEAVED=interleaved
+            *(x, cos, sin, y, *sizes, weight),
+            BLOCK=block,
+            PAD=triton.next_power_of_2(D),
+            INTERLEAVED=interleaved,
+            EPS=float(eps),
         )
     return y
 

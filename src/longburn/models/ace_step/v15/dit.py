@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from longburn.attention import Attention, CrossAttention, CrossKeyValues
 from longburn.cache import Step
+from longburn.kernels.adaptive_norm import AdaptiveNormResult, adaptive_norm
 from longburn.kernels.linear import linear
 from longburn.models.ace_step.v15.config import AceStep15Config
 from longburn.nn import RMSNorm, SwiGLU
@@ -31,6 +32,30 @@ class Modulation(NamedTuple):
 
     layers: Tensor
     out: Tensor
+
+
+class Stream(NamedTuple):
+    """The residual stream x `[B, L, D]` and the update that it is still to get, times its gate `[B|1, D]`.
+
+    The next norm adds it: so the stream is read and written once between two blocks.
+    """
+
+    x: Tensor
+    update: Tensor | None = None
+    gate: Tensor | None = None
+
+    def normed(self, norm: RMSNorm, shift: Tensor | None = None, scale: Tensor | None = None) -> AdaptiveNormResult:
+        """The updated stream normalised, shifted and scaled by `[B|1, D]`; and the updated stream."""
+        return adaptive_norm(
+            self.x,
+            eps=norm.eps,
+            centered=False,
+            weight=norm.weight,
+            shift=shift,
+            scale=scale,
+            update=self.update,
+            gate=self.gate,
+        )
 
 
 class TimeEmbedding(nn.Module):
@@ -76,14 +101,15 @@ class DiTLayer(nn.Module):
         self.table = nn.Parameter(torch.empty(1, 6, size, dtype=dtype))
         nn.init.normal_(self.table, std=size**-0.5)
 
-    def forward(self, x: Tensor, modulation: Tensor, conditions: CrossKeyValues, step: Step) -> Tensor:
-        """x `[B, L, D]`, modulation `[B|1, 6, D]`."""
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, 1)
-        attended = self.attention.forward(torch.addcmul(shift, self.attention_norm.forward(x), scale), step)
-        x = torch.addcmul(x, attended, gate)
-        x = x + self.cross.forward(self.cross_norm.forward(x), conditions)
-        fed = self.mlp.forward(torch.addcmul(mlp_shift, self.mlp_norm.forward(x), mlp_scale))
-        return torch.addcmul(x, fed, mlp_gate)
+    def forward(self, stream: Stream, modulation: Tensor, conditions: CrossKeyValues, step: Step) -> Stream:
+        """modulation `[B|1, 6, D]`."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.unbind(1)
+        normed, x = stream.normed(self.attention_norm, shift, scale)
+        attended = Stream(x, self.attention.forward(normed, step), gate)
+        normed, x = attended.normed(self.cross_norm)
+        crossed = Stream(x, self.cross.forward(normed, conditions))
+        normed, x = crossed.normed(self.mlp_norm, mlp_shift, mlp_scale)
+        return Stream(x, self.mlp.forward(normed), mlp_gate)
 
 
 class AceStepDiT(nn.Module):
@@ -178,12 +204,11 @@ class AceStepDiT(nn.Module):
         modulation = t if isinstance(t, Modulation) else self.modulation(t)
         (B, frames, channels), patch = x.shape, self.config.patch_size
         both = F.pad(torch.cat([context_latents, x], -1), (0, 0, 0, -frames % patch))
-        h = linear(both.view(B, -1, self.patch.in_features), self.patch.weight, self.patch.bias)
-        step = Step.from_zero(h.shape[1], x.device)
+        stream = Stream(linear(both.view(B, -1, self.patch.in_features), self.patch.weight, self.patch.bias))
+        step = Step.from_zero(stream.x.shape[1], x.device)
         for i, (layer, held) in enumerate(zip(self._layers, conditions, strict=True)):
-            h = layer.forward(h, modulation.layers[:, i], held, step)
-        shift, scale = modulation.out.chunk(2, 1)
-        h = linear(torch.addcmul(shift, self.norm.forward(h), scale), self.unpatch.weight)
+            stream = layer.forward(stream, modulation.layers[:, i], held, step)
+        h = linear(stream.normed(self.norm, *modulation.out.unbind(1)).normed, self.unpatch.weight)
         return (h.reshape(B, -1, channels) + self.unpatch_bias)[:, :frames]
 
     def _check(

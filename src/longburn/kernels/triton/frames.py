@@ -1,0 +1,64 @@
+"""Frames for a causal convolution: norm, activation, and the frames before them, in one pass over memory."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from longburn.kernels.frames import FramesCall
+
+TILE = 4096  # numbers that a program holds of a frame
+
+
+@triton.jit
+def _norm_frames(
+    x, weight, bias, past, y, pixels, channels,
+    EPS: tl.constexpr, T: tl.constexpr, HAS_BIAS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """One program takes a few pixels through all frames, so nobody else reads what it forgets."""
+    row = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    column = tl.arange(0, CHANNELS)
+    at = pixel[:, None] * channels + column[None, :]
+    inside = (pixel[:, None] < pixels) & (column[None, :] < channels)
+    frame = pixels.to(tl.int64) * channels
+    x += row * T * frame
+    y += row * (T + 2) * frame
+    past += row * 2 * frame
+    w = tl.load(weight + column, mask=column < channels, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        b = tl.load(bias + column, mask=column < channels, other=0.0).to(tl.float32)
+    older = tl.load(past + at, mask=inside, other=0.0)
+    newer = tl.load(past + frame + at, mask=inside, other=0.0)
+    tl.store(y + at, older, mask=inside)
+    tl.store(y + frame + at, newer, mask=inside)
+    for t in tl.static_range(T):
+        wide = tl.load(x + t * frame + at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            wide += b[None, :]
+        normed = wide * tl.rsqrt(tl.sum(wide * wide, 1) / channels + EPS)[:, None] * w[None, :]
+        older = newer
+        newer = (normed * tl.sigmoid(normed)).to(y.dtype.element_ty)
+        tl.store(y + (t + 2) * frame + at, newer, mask=inside)
+    tl.debug_barrier()  # other threads of this program may not have read the old ones yet
+    tl.store(past + at, older, mask=inside)
+    tl.store(past + frame + at, newer, mask=inside)
+
+
+def norm_frames(call: "FramesCall") -> Tensor:
+    """The Impl `triton` of the operation `norm_frames`; all tensors are contiguous."""
+    from longburn.kernels.frames import norm_eps
+
+    x, weight, past, bias = call
+    B, T, H, W, C = x.shape
+    y = torch.empty(B, T + 2, H, W, C, dtype=x.dtype, device=x.device)
+    if y.numel():
+        columns = triton.next_power_of_2(C)
+        rows = max(TILE // columns, 1)
+        flags = {"EPS": norm_eps(C), "T": T, "HAS_BIAS": bias is not None, "PIXELS": rows, "CHANNELS": columns}
+        grid = (triton.cdiv(H * W, rows), B)
+        _norm_frames[grid](x, weight, weight if bias is None else bias, past, y, H * W, C, **flags, num_warps=8)
+    return y
