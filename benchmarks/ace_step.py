@@ -24,7 +24,7 @@ from longburn.models.ace_step.planner import Planner, SongPlan, SongRequest
 from longburn.models.ace_step.v15 import AceStep15Config, AceStepDiT, diffusers_rules
 from longburn.models.ace_step.v15.sampling import Turbo, sample
 from longburn.models.ace_step.v15.small import small_tokenizer
-from longburn.models.ace_step.v15.tasks import DiTVelocity, context_latents
+from longburn.models.ace_step.v15.tasks import DiTVelocity, context_latents, recorded_passes
 from longburn.models.qwen3 import Qwen3, Qwen3Config
 from longburn.rope import RotaryEncoding
 from longburn.weights import TensorInfo, load_checkpoint
@@ -103,13 +103,14 @@ def dit(config: AceStep15Config, seconds: tuple[int, ...], device: str) -> list[
     hidden = torch.randn(1, CONDITIONS, config.encoder_hidden_size, device=device, dtype=torch.bfloat16)
     records = [held_to_fp32(theirs, ours, config, hidden, device)]
     parameters = sum(p.numel() for p in ours.parameters())
+    passes = recorded_passes(ours)
     for length in seconds:
         frames = length * RATE
         noise = draw_noise((1, frames, channels), seeded([1])).to(device)
         context = context_latents(torch.randn(1, frames, channels, device=device, dtype=torch.bfloat16))
 
         def piece(noise: Tensor = noise, context: Tensor = context) -> Tensor:
-            return sample(DiTVelocity(ours, context, hidden), noise, Turbo())
+            return sample(DiTVelocity(ours, context, hidden, passes=passes), noise, Turbo())
 
         def pipeline(noise: Tensor = noise, context: Tensor = context) -> Tensor:
             x = noise.bfloat16()

@@ -8,6 +8,7 @@ from longburn.diffusion.guidance import (
     double_condition,
     zero_star,
 )
+from longburn.diffusion.recorded import Recorded
 from longburn.diffusion.run import Cancelled, OnStep, SamplingCancelledError, Velocity, draw_noise, run_steps, seeded
 from longburn.diffusion.schedules import (
     Schedule,
@@ -25,6 +26,7 @@ __all__ = [
     "AdaptiveProjected",
     "Cancelled",
     "OnStep",
+    "Recorded",
     "SamplingCancelledError",
     "Schedule",
     "StepInterval",

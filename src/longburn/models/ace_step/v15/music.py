@@ -23,7 +23,7 @@ from longburn.models.ace_step.v15.config import FRAME_RATE
 from longburn.models.ace_step.v15.model import AceStep15
 from longburn.models.ace_step.v15.prompts import Metadata, caption_text, lyrics_text
 from longburn.models.ace_step.v15.sampling import Base, Turbo
-from longburn.models.ace_step.v15.tasks import DiTVelocity, context_latents, frame_span
+from longburn.models.ace_step.v15.tasks import DiTVelocity, context_latents, frame_span, recorded_passes
 from longburn.models.ace_step.v15.texts import TextEncoder
 
 LANGUAGE = "en"  # of lyrics of which nobody says
@@ -83,6 +83,7 @@ class MusicMaker:
 
     def __init__(self, model: AceStep15, codec: Oobleck, texts: TextEncoder, planner: Planner | None = None) -> None:
         self.model, self.codec, self.texts, self.planner = model, codec, texts, planner
+        self._passes = recorded_passes(model.dit)
 
     @property
     def settings(self) -> Turbo | Base:
@@ -178,14 +179,14 @@ class MusicMaker:
         conditions = self._conditions(request, plan, run.frames / FRAME_RATE, run.task, timbre)
         guided = isinstance(settings, Base) and settings.guidance_scale > 1
         null = self.model.encoder.null if guided else None
-        velocity = DiTVelocity(self.model.dit, run.context, conditions, null=null)
+        velocity = DiTVelocity(self.model.dit, run.context, conditions, null=null, passes=self._passes)
         cover = None
         if isinstance(task, Cover):
             plain = None
             if task.strength < 1:
                 told = self._conditions(request, plan, run.frames / FRAME_RATE, "text2music", timbre)
                 silent = context_latents(self.model.silent(run.frames))
-                plain = DiTVelocity(self.model.dit, silent, told, null=null)
+                plain = DiTVelocity(self.model.dit, silent, told, null=null, passes=self._passes)
             cover = sampling.Cover(task.strength, plain, task.closeness, task.source)
         noise = draw_noise((1, run.frames, self.model.silence.shape[2]), seeded([seed])).to(self.model.silence.device)
         made = sampling.sample(

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from longburn.attention import CrossKeyValues
+from longburn.diffusion import Recorded
 from longburn.models.ace_step.v15.config import FRAME_RATE
 from longburn.models.ace_step.v15.dit import AceStepDiT, Modulation
 
 Span = tuple[int, int]
+Passes = Recorded[bool]
 
 
 def frame_span(start: float, end: float, frames: int) -> Span:
@@ -77,6 +79,7 @@ class DiTVelocity:
             then gives the velocities with `hidden`, and after them those with it.
         mask: bool `[B, S]`, where there is a condition; None attends to all, padding too, as the released pipelines
             do.
+        passes: of `recorded_passes`, shared by the pieces that a transformer makes; None launches kernel by kernel.
 
     Raises:
         ValueError: shapes that disagree.
@@ -90,6 +93,7 @@ class DiTVelocity:
         *,
         null: Tensor | None = None,
         mask: Tensor | None = None,
+        passes: Passes | None = None,
     ) -> None:
         B = context.shape[0]
         if hidden.dim() != 3 or hidden.shape[0] != B:
@@ -97,6 +101,7 @@ class DiTVelocity:
                 f"DiTVelocity: conditions {tuple(hidden.shape)} for {B} rows of context, wanted [{B}, S, C]"
             )
         self.dit = dit
+        self.passes = passes
         self.dtype = dit.table.dtype
         self.context = {B: context}
         both = None if mask is None else torch.cat([mask, mask])
@@ -114,7 +119,23 @@ class DiTVelocity:
             raise ValueError(f"DiTVelocity: x has {rows} rows, wanted {' or '.join(map(str, self.context))}")
         if t not in self._modulations:
             (self._modulations[t],) = self.dit.modulations((t,))
-        return self.dit.forward(x.to(self.dtype), self._modulations[t], self.context[rows], self.conditions[rows])
+        x, modulation, context, held = x.to(self.dtype), self._modulations[t], self.context[rows], self.conditions[rows]
+        if self.passes is None:
+            return self.dit.forward(x, modulation, context, held)
+        return self.passes((x, *modulation), (context, *(part for one in held for part in one[:3])), held[0].full)
+
+
+def recorded_passes(dit: AceStepDiT) -> Passes:
+    """The transformer's passes as CUDA graphs, one for every shape: for `DiTVelocity`."""
+
+    def run(changing: tuple[Tensor, ...], fixed: tuple[Tensor, ...], full: bool) -> Tensor:
+        x, layers, out = changing
+        context, *parts = fixed
+        layers_of = zip(parts[0::3], parts[1::3], parts[2::3], strict=True)
+        held = tuple(CrossKeyValues(k, v, pos, full) for k, v, pos in layers_of)
+        return dit.forward(x, Modulation(layers, out), context, held)
+
+    return Recorded(run, dit)
 
 
 def _first(conditions: Sequence[CrossKeyValues], rows: int) -> tuple[CrossKeyValues, ...]:
