@@ -1,0 +1,20 @@
+"""Matrix-Game 2 (Skywork): a video world model that is played with keyboard and mouse.
+
+A causal diffusion transformer makes blocks of three latent frames, twelve pictures, over rings of what it remembers.
+"""
+
+from longburn.models.matrix_game_2.config import ActionConfig, MatrixGame2Config
+from longburn.models.matrix_game_2.dit import MatrixGame2, Modulation, Prepared
+from longburn.models.matrix_game_2.frames import Caches, FrameWindow, Place, place_of
+
+__all__ = [
+    "ActionConfig",
+    "Caches",
+    "FrameWindow",
+    "MatrixGame2",
+    "MatrixGame2Config",
+    "Modulation",
+    "Place",
+    "Prepared",
+    "place_of",
+]

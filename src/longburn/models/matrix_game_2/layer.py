@@ -1,0 +1,139 @@
+"""A layer of the video transformer: attention to the window of frames, to the start image, to actions; feed-forward."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longburn.attention import CrossKeyValues, attend
+from longburn.cache import AttnWindow, RollingKVCache, Rotation
+from longburn.kernels.adaptive import adaptive_norm
+from longburn.kernels.attend import Known
+from longburn.kernels.gelu import linear_gelu
+from longburn.kernels.linear import linear
+from longburn.models.matrix_game_2.action import Action, Heard
+from longburn.models.matrix_game_2.config import MatrixGame2Config
+from longburn.models.matrix_game_2.frames import FrameWindow, Place, attend_ring
+from longburn.nn import RMSNorm
+
+
+class Due(NamedTuple):
+    """What is still to be added to the stream, by the norm that comes next: `gate * branch`."""
+
+    branch: Tensor | None
+    gate: Tensor | None
+
+
+class Rings(NamedTuple):
+    """A layer's share of the caches."""
+
+    window: FrameWindow
+    video: RollingKVCache
+    mouse: RollingKVCache | None
+
+
+class _Projections(nn.Module):
+    """Queries and keys are normalised over all heads together, before they are cut into heads."""
+
+    def __init__(self, config: MatrixGame2Config, dtype: torch.dtype) -> None:
+        super().__init__()
+        size = config.dim
+        self.heads, self.scale = config.num_heads, config.head_dim**-0.5
+        self.q = nn.Linear(size, size, dtype=dtype)
+        self.k = nn.Linear(size, size, dtype=dtype)
+        self.v = nn.Linear(size, size, dtype=dtype)
+        self.out = nn.Linear(size, size, dtype=dtype)
+        self.q_norm = RMSNorm(size, config.eps, dtype=dtype)
+        self.k_norm = RMSNorm(size, config.eps, dtype=dtype)
+
+    def _heads(self, x: Tensor, to: nn.Linear, norm: RMSNorm | None = None) -> Tensor:
+        """`[B, T, D]` to `[B, heads, T, size]`."""
+        y = linear(x, to.weight, to.bias)
+        y = y if norm is None else norm.forward(y)
+        return y.view(*y.shape[:2], self.heads, -1).transpose(1, 2)
+
+    def _joined(self, out: Tensor) -> Tensor:
+        return linear(out.transpose(1, 2).flatten(2), self.out.weight, self.out.bias)
+
+
+class VideoAttention(_Projections):
+    """Attention of a block to the frames of its window, itself among them, without order within the block."""
+
+    def forward(self, x: Tensor, place: Place, rings: Rings) -> Tensor:
+        """x `[B, T, D]` to `[B, T, D]`. Keys and values of x take the places of those that a pass before left there."""
+        q, k, v = self._heads(x, self.q, self.q_norm), self._heads(x, self.k, self.k_norm), self._heads(x, self.v)
+        held = rings.video.update(k, v, place.tokens, rotation=Rotation(q, place.angles, place.sink_angles, True))
+        return self._joined(attend_ring(held, place, place.tokens, self.scale, window=rings.window))
+
+    def remember(self, x: Tensor, place: Place, rings: Rings) -> None:
+        """The keys and values of `forward` alone."""
+        k, v = self._heads(x, self.k, self.k_norm), self._heads(x, self.v)
+        rings.video.update(k, v, place.tokens, rotation=Rotation(None, place.angles, None, True))
+
+
+class ImageAttention(_Projections):
+    """Attention to the tokens of the start image, whose keys and values are computed once."""
+
+    def keys_values(self, context: Tensor) -> CrossKeyValues:
+        """Of the image's tokens `[B, S, D]`."""
+        pos = torch.arange(context.shape[1], device=context.device)[None]
+        k, v = self._heads(context, self.k, self.k_norm), self._heads(context, self.v)
+        return CrossKeyValues(k.contiguous(), v.contiguous(), pos, True)
+
+    def forward(self, x: Tensor, image: CrossKeyValues, place: Place) -> Tensor:
+        """x `[B, T, D]` to `[B, T, D]`."""
+        q, S = self._heads(x, self.q, self.q_norm), image.k.shape[2]
+        T, device = q.shape[2], x.device
+        q_pos = place.tokens.share(("slots", T), lambda: torch.arange(T, device=device)[None])
+        known = (Known(0, T, S, 0, 0, True),)
+        everything = AttnWindow(lookahead=None)
+        return self._joined(
+            attend(q, image.k, image.v, q_pos=q_pos, k_pos=image.pos, window=everything, scale=self.scale, known=known)
+        )
+
+
+class Layer(nn.Module):
+    """One layer; timesteps modulate its attention to the video and its feed-forward."""
+
+    def __init__(self, config: MatrixGame2Config, index: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        size, self.eps = config.dim, config.eps
+        self.attention = VideoAttention(config, dtype)
+        self.image_norm_weight = nn.Parameter(torch.ones(size, dtype=dtype))
+        self.image_norm_bias = nn.Parameter(torch.zeros(size, dtype=dtype))
+        self.image = ImageAttention(config, dtype)
+        self.action = Action(config, dtype) if index in config.action_config.blocks else None
+        self.up = nn.Linear(size, config.ffn_dim, dtype=dtype)
+        self.down = nn.Linear(config.ffn_dim, size, dtype=dtype)
+        self.table = nn.Parameter(torch.empty(1, 6, size, dtype=dtype))
+        nn.init.normal_(self.table, std=size**-0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        due: Due,
+        modulation: Tensor,
+        place: Place,
+        rings: Rings,
+        image: CrossKeyValues,
+        heard: Heard | None,
+    ) -> tuple[Tensor, Due]:
+        """x `[B, T, D]` and what is due; modulation `[B|1, F|1, 6, D]`: shift, scale and gate, twice."""
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.unbind(2)
+        x, h = adaptive_norm(x, scale, shift, self.eps, branch=due.branch, gate=due.gate)
+        attended = self.attention.forward(h, place, rings)
+        weight, bias = self.image_norm_weight[None, None], self.image_norm_bias[None, None]
+        x, h = adaptive_norm(x, weight, bias, self.eps, branch=attended, gate=gate)
+        seen = self.image.forward(h, image, place)
+        if self.action is not None and heard is not None:
+            x = self.action.forward(x + seen, heard, place, rings.mouse)
+            _, h = adaptive_norm(x, ff_scale, ff_shift, self.eps)
+        else:
+            x, h = adaptive_norm(x, ff_scale, ff_shift, self.eps, branch=seen)
+        fed = linear(linear_gelu(h, self.up.weight, self.up.bias), self.down.weight, self.down.bias)
+        return x, Due(fed, ff_gate)
+
+    def remember(self, x: Tensor, due: Due, modulation: Tensor, place: Place, rings: Rings) -> None:
+        """Only what later blocks see of this one."""
+        _, h = adaptive_norm(x, modulation[:, :, 1], modulation[:, :, 0], self.eps, branch=due.branch, gate=due.gate)
+        self.attention.remember(h, place, rings)
