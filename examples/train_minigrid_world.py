@@ -1,0 +1,231 @@
+"""Train a world model of a MiniGrid room: the next frame, given what is done in this one.
+
+    python examples/train_minigrid_world.py prepare              episodes of an explorer (minutes on one CPU core)
+    python examples/train_minigrid_world.py train --out results  one GPU
+    python examples/train_minigrid_world.py export results       into the package
+
+Without a command it rehearses all of it in seconds; the figures then say nothing.
+
+A training clip is the first frame of an episode and a stretch of later ones, at the positions where they would stand in
+a stream. So the model learns to use what it keeps of the beginning, however long ago that was.
+"""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from numpy.typing import NDArray
+from torch import Tensor
+
+from longburn.models.minigrid.cells import ACTIONS
+from longburn.models.minigrid.rooms import CELLS, SYMBOLS, Explorer, frame_of, room
+from longburn.models.minigrid.world import RoomConfig, RoomModel
+from minigrid_training.fitting import Schedule, describe, fit, save
+from minigrid_training.fitting import export as export_files
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "build" / "minigrid" / "world.npz"
+PACKAGE_DATA = ROOT / "src" / "longburn" / "models" / "data" / "minigrid_world"
+STEPS = 100  # of an episode
+CLIP = 12  # frames that are learnt from at a time, beside the first of the episode
+FARTHEST = 4096  # frames from the first one, in positions
+ENDED = 255  # action of steps after the end
+CARD = """# A world model of a MiniGrid room
+
+{parameters:,} parameters, trained by `examples/train_minigrid_world.py` in {minutes:.1f} minutes on one {device}. Given
+a frame of `MiniGrid-DoorKey-8x8-v0` seen whole (64 symbols) and an action, it gives the next frame.
+
+- Licence of the weights: Apache-2.0 (`LICENSE`).
+- Data: {episodes:,} episodes of {steps} steps of a scripted explorer (`longburn.models.minigrid.rooms.Explorer`) in
+  MiniGrid {minigrid} (seeds from {seed} on); nothing else was learnt from.
+- Training log: `log.json`. Figures: `docs/benchmarks.md`.
+"""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+Episodes = Annotated[Path, typer.Option(help="Where `prepare` puts the episodes, and `train` finds them.")]
+Played = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+
+
+def gather(episodes: int, seed: int, *, steps: int = STEPS, goals: float = 0.3) -> Played:
+    """Frames `[E, steps + 1, 64]` and actions `[E, steps]` of an explorer; `ENDED` after an end, where frames repeat.
+
+    goals: share of episodes in which it may step on the goal.
+    """
+    frames = np.zeros((episodes, steps + 1, CELLS), dtype=np.uint8)
+    actions = np.full((episodes, steps), ENDED, dtype=np.uint8)
+    for row in range(episodes):
+        rng = np.random.default_rng(seed + row)
+        env = room()
+        env.reset(seed=seed + row)
+        explorer = Explorer(env, rng, goal=bool(rng.random() < goals))
+        frames[row] = frame_of(env)
+        for step in range(steps):
+            actions[row, step] = explorer.action()
+            _, _, terminated, truncated, _ = env.step(int(actions[row, step]))
+            frames[row, step + 1 :] = frame_of(env)
+            if terminated or truncated:
+                break
+    return frames, actions
+
+
+@app.command()
+def prepare(
+    data: Episodes = DATA,
+    episodes: Annotated[int, typer.Option(min=1)] = 6000,
+    seed: Annotated[int, typer.Option(min=0, help="Tests use seeds below 100000.")] = 1_000_000,
+) -> None:
+    """Let the explorer wander, and write down what was seen and done."""
+    from importlib.metadata import version
+
+    began = time.perf_counter()
+    frames, actions = gather(episodes, seed)
+    data.parent.mkdir(parents=True, exist_ok=True)
+    origin = {"episodes": episodes, "steps": STEPS, "seed": seed, "minigrid": version("minigrid")}
+    np.savez_compressed(data, frames=frames, actions=actions, origin=json.dumps(origin))
+    size = data.stat().st_size / 1e6
+    print(f"{data}: {episodes:,} episodes, {size:.1f} MB, {time.perf_counter() - began:.0f} s")
+
+
+class Clips:
+    """Training clips, drawn on the host by a seed, cut out on the device."""
+
+    def __init__(self, frames: Tensor, actions: Tensor, seed: int) -> None:
+        self.frames, self.actions = frames, actions
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Frames `[B, 1 + CLIP, 64]`, actions, token positions, and the frames that follow."""
+        g, device = self.generator, self.frames.device
+        row = torch.randint(len(self.frames), (batch, 1), generator=g)
+        start = torch.randint(1, self.actions.shape[1] - CLIP + 1, (batch, 1), generator=g)
+        late = torch.randint(FARTHEST, (batch, 1), generator=g) * (torch.rand(batch, 1, generator=g) < 0.5)
+        later = start + torch.arange(CLIP)
+        at = torch.cat([torch.zeros_like(start), later], 1).to(device)
+        time_of = torch.cat([torch.zeros_like(start), later + late], 1).to(device)
+        positions = (time_of[:, :, None] * CELLS + torch.arange(CELLS, device=device)).flatten(1)
+        row = row.to(device)
+        return self.frames[row, at], self.actions[row, at], positions, self.frames[row, at + 1]
+
+
+def clip_loss(model: RoomModel, frames: Tensor, actions: Tensor, positions: Tensor, following: Tensor) -> Tensor:
+    """Nats a cell, over all cells and again over those that change; nothing after an end."""
+    logits = model(frames, actions.long().clamp_max(len(ACTIONS) - 1), positions=positions)
+    loss = F.cross_entropy(logits.flatten(0, 2).float(), following.long().flatten(), reduction="none").view_as(
+        following
+    )
+    goes_on = (actions != ENDED)[..., None]
+    changed = goes_on & (frames != following)
+    return (loss * goes_on).sum() / (goes_on.sum() * CELLS) + (loss * changed).sum() / changed.sum().clamp_min(1)
+
+
+def corrupted(frames: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+    """Frames with some of their symbols, but none of the first frame, replaced by any other: what the model may get
+    wrong itself, and has to go on from."""
+    hit = torch.rand(frames.shape, generator=generator, device=generator.device) < rate
+    hit[:, 0] = False
+    other = torch.randint(SYMBOLS, frames.shape, generator=generator, device=generator.device, dtype=frames.dtype)
+    return torch.where(hit, other, frames)
+
+
+def learn(
+    config: RoomConfig,
+    played: Played,
+    schedule: Schedule,
+    batch: int,
+    device: torch.device,
+    seed: int,
+    noise: float,
+) -> tuple[RoomModel, dict[str, Any]]:
+    """A trained model, and the log of its training."""
+    torch.manual_seed(seed)
+    model = RoomModel(config).to(device)
+    frames, actions = (torch.from_numpy(x).to(device) for x in played)
+    held = max(1, len(frames) // 50)  # the last ones are not learnt from
+    clips = Clips(frames[:-held], actions[:-held], seed)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def loss_of(step: int) -> Tensor:
+        clip = clips.draw(batch)
+        return clip_loss(model, corrupted(clip[0], noise, generator), *clip[1:])
+
+    log = fit(model, loss_of, schedule)
+    log |= {"parameters": sum(p.numel() for p in model.parameters()), "seed": seed, "noise": noise}
+    log["held_out"] = rollout(model, frames[-held:], actions[-held:])
+    return model, log | describe(device)
+
+
+@torch.no_grad()
+def rollout(model: RoomModel, frames: Tensor, actions: Tensor) -> dict[str, Any]:
+    """How it does over episodes that did not end: each step from the truth, and all steps from the first frame."""
+    whole = (actions != ENDED).all(1)
+    frames, actions = frames[whole], actions[whole].long()
+    true, free = model.init_cache(len(frames)), model.init_cache(len(frames))
+    seen = frames[:, 0]
+    right, exact, drift = [], [], []
+    for step in range(actions.shape[1]):
+        action, following = actions[:, step : step + 1], frames[:, step + 1]
+        guess = model(frames[:, step : step + 1], action, cache=true).argmax(-1)[:, 0]
+        right.append((guess == following).float().mean())
+        exact.append((guess == following).all(1).float().mean())
+        seen = model(seen[:, None], action, cache=free).argmax(-1)[:, 0]
+        drift.append(((seen == following).float().mean(), (seen == following).all(1).float().mean()))
+    return {
+        "episodes": len(frames),
+        "one_step_cells": round(float(torch.stack(right).mean()), 6),
+        "one_step_frames": round(float(torch.stack(exact).mean()), 6),
+        "free_cells": {n + 1: round(float(drift[n][0]), 6) for n in range(9, len(drift), 10)},
+        "free_frames": {n + 1: round(float(drift[n][1]), 6) for n in range(9, len(drift), 10)},
+    }
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Where weights and log go.")],
+    data: Episodes = DATA,
+    steps: Annotated[int, typer.Option(min=1)] = 20_000,
+    seconds: Annotated[float, typer.Option(min=1)] = 480.0,
+    batch: Annotated[int, typer.Option(min=1, help="Clips in a step.")] = 48,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 2e-3,
+    noise: Annotated[float, typer.Option(min=0, max=1, help="Share of symbols replaced in what it reads.")] = 0.002,
+    device: Annotated[str, typer.Option()] = "cuda",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Train, and write weights, sizes and log."""
+    torch.set_float32_matmul_precision("high")
+    held = np.load(data)
+    schedule, played = Schedule(steps, seconds, learning_rate), (held["frames"], held["actions"])
+    model, log = learn(RoomConfig(), played, schedule, batch, torch.device(device), seed, noise)
+    save(model, model.config.to_dict(), log | {"data": json.loads(str(held["origin"]))}, out)
+    print(json.dumps({key: value for key, value in log.items() if key != "training_loss"}))
+
+
+@app.command()
+def export(
+    results: Annotated[Path, typer.Argument(help="The --out of `train`.")],
+    target: Annotated[Path, typer.Option(help="The directory that is made.")] = PACKAGE_DATA,
+) -> None:
+    """Put the trained model into the package."""
+    log = json.loads((results / "log.json").read_text(encoding="utf-8"))
+    card = CARD.format(minutes=log["seconds"] / 60, parameters=log["parameters"], device=log["device"], **log["data"])
+    print(f"{target}: {export_files(results, target, ROOT / 'LICENSE', card):,} bytes")
+
+
+@app.callback(invoke_without_command=True, help=__doc__)
+def main(context: typer.Context) -> None:
+    """Rehearse when there is no command."""
+    if context.invoked_subcommand is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            data, out, target = (Path(scratch) / name for name in ("world.npz", "results", "shipped"))
+            prepare(data, episodes=8)
+            train(out, data, steps=3, batch=2, device="cpu")
+            export(out, target)
+
+
+if __name__ == "__main__":
+    app()
