@@ -1,0 +1,150 @@
+"""The layers of the Wan 2.1 VAE, on frames `[B, T, H, W, C]`.
+
+Channels come last, weights too, `[out, time, height, width, in]`: so convolutions read whole rows of channels, and
+those over channels alone, or over channels and time, are matrix products. A convolution over time looks back only, at
+frames that a `Pass` remembers.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longburn.kernels.frames import REMEMBERED, norm_eps, norm_frames
+from longburn.kernels.norm import rms_norm
+from longburn.models.matrix_game_2.vae_memory import Pass
+
+
+class CausalConv(nn.Module):
+    """A convolution over 3 x 3 pixels of a frame and of the two before it."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, 3, 3, 3, channels) * (27 * channels) ** -0.5)
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, x: Tensor, *, bias: bool = True) -> Tensor:
+        """`[B, 2 + T, H, W, C]`, remembered frames first, to `[B, T, H, W, out]`; without bias, it is the caller's to
+        add.
+        """
+        weight, input = self.weight.permute(0, 4, 1, 2, 3), x.permute(0, 4, 1, 2, 3)
+        y = F.conv3d(input, weight, self.bias if bias else None, padding=(0, 1, 1))
+        return y.permute(0, 2, 3, 4, 1).contiguous()
+
+
+class PictureConv(nn.Module):
+    """A convolution over 3 x 3 pixels of each frame."""
+
+    def __init__(
+        self, channels: int, out_channels: int, stride: int = 1, padding: int = 1, *, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, 3, 3, channels) * (9 * channels) ** -0.5)
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.stride, self.padding = stride, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, T, H, W, C]` to `[B, T, H', W', out]`."""
+        weight, pictures = self.weight.permute(0, 3, 1, 2), x.flatten(0, 1).permute(0, 3, 1, 2)
+        y = F.conv2d(pictures, weight, self.bias, self.stride, self.padding).permute(0, 2, 3, 1)
+        return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+class Norm(nn.Module):
+    """The weight of an RMSNorm over channels; its epsilon is next to nothing."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., C]` to the same."""
+        return rms_norm(x, self.weight, norm_eps(x.shape[-1]), round_last=True)
+
+    def activated(self, x: Tensor, step: Pass, bias: Tensor | None = None) -> Tensor:
+        """`[B, T, H, W, C]` to `[B, 2 + T, H, W, C]`: normed, through SiLU, and with what came before."""
+        return norm_frames(x, self.weight, step.take(x, REMEMBERED), bias=bias)
+
+
+class ResidualBlock(nn.Module):
+    """`x` plus two causal convolutions, each of its input normed and activated."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = Norm(channels), CausalConv(channels, out_channels)
+        self.norm2, self.conv2 = Norm(out_channels), CausalConv(out_channels, out_channels)
+        self.shortcut = nn.Linear(channels, out_channels) if channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, step: Pass) -> Tensor:
+        """`[B, T, H, W, C]` to `[B, T, H, W, out]`."""
+        inner = self.conv1.forward(self.norm1.activated(x, step), bias=False)
+        inner = self.conv2.forward(self.norm2.activated(inner, step, self.conv1.bias))
+        return inner.add_(self.shortcut(x))
+
+
+class FrameAttention(nn.Module):
+    """`x` plus attention with one head among the pixels of each frame."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = Norm(channels)
+        self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, step: Pass) -> Tensor:
+        """`[B, T, H, W, C]` to the same."""
+        B, T, H, W, _ = x.shape
+        q, k, v = self.qkv.forward(self.norm.forward(x)).view(B * T, 1, H * W, -1).chunk(3, -1)
+        y = F.scaled_dot_product_attention(q, k, v).view(x.shape)
+        return x + self.out.forward(y)
+
+
+class Upsample(nn.Module):
+    """Twice the height and width, half the channels; from the second frame of a stream on also twice the frames."""
+
+    def __init__(self, channels: int, time: bool) -> None:
+        super().__init__()
+        self.time = nn.Linear(3 * channels, 2 * channels) if time else None
+        self.conv = PictureConv(channels, channels // 2)
+
+    def forward(self, x: Tensor, step: Pass) -> Tensor:
+        """`[B, T, H, W, C]` to `[B, T or 2 T, 2 H, 2 W, C / 2]`."""
+        if self.time is not None:
+            if step.first:
+                step.take(x, REMEMBERED)  # the first frame goes by: the second one sees zeros before it
+            else:
+                x = interleaved(self.time.forward(_in_threes(step.extend(x, REMEMBERED), 1)), 2)
+        return self.conv.forward(twice_as_large(x))
+
+
+class Downsample(nn.Module):
+    """Half the height and width; from the second frame of a stream on also half the frames."""
+
+    def __init__(self, channels: int, time: bool) -> None:
+        super().__init__()
+        self.conv = PictureConv(channels, channels, stride=2, padding=0)
+        self.time = nn.Linear(3 * channels, channels) if time else None
+
+    def forward(self, x: Tensor, step: Pass) -> Tensor:
+        """`[B, T, H, W, C]`, T even but for the first frame, to `[B, T or T / 2, H / 2, W / 2, C]`."""
+        x = self.conv.forward(F.pad(x, (0, 0, 0, 1, 0, 1)))  # to the right and below
+        if self.time is None:
+            return x
+        y = step.extend(x, 1)
+        return x if step.first else self.time.forward(_in_threes(y, 2))
+
+
+def twice_as_large(x: Tensor) -> Tensor:
+    """`[B, T, H, W, C]` to `[B, T, 2 H, 2 W, C]`: every pixel four times."""
+    B, T, H, W, C = x.shape
+    return x[:, :, :, None, :, None].expand(B, T, H, 2, W, 2, C).reshape(B, T, 2 * H, 2 * W, C)
+
+
+def interleaved(x: Tensor, frames: int) -> Tensor:
+    """`[B, T, H, W, frames * C]` to `[B, T * frames, H, W, C]`: frames that lie side by side, one after the other."""
+    B, T, H, W, C = x.shape
+    return x.view(B, T, H, W, frames, C // frames).movedim(-2, 2).flatten(1, 2)
+
+
+def _in_threes(x: Tensor, stride: int) -> Tensor:
+    """Every `stride`-th run of three frames of `[B, T, H, W, C]`, side by side in the channels `[.., 3 C]`."""
+    last = x.shape[1] - 2
+    return torch.cat([x[:, k : k + last : stride] for k in range(3)], -1)

@@ -1,0 +1,146 @@
+"""What streamed convolutions over time remember between frames, and who decodes video that way."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class FrameMemory:
+    """The last input frames of every layer that looks back in time: the whole state of one group of streams.
+
+    Rows of a batch begin together and know nothing of each other. Memory is made in the first pass, of the size of what
+    comes, and then stays where it is, so that a recorded graph may write to it; its size does not grow.
+
+    Attributes:
+        frames: latent frames taken in so far.
+        tensors: what is kept, one a layer, in the order in which a pass meets them. Zeros mean "nothing before".
+    """
+
+    def __init__(self) -> None:
+        self.frames = 0
+        self.tensors: list[Tensor] = []
+        self.shape: tuple[int, ...] | None = None  # of a frame that fits
+
+    def reset(self) -> None:
+        """Begin again, for streams of the same size, in the same memory."""
+        for tensor in self.tensors:
+            tensor.zero_()
+        self.frames = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def fit(self, operation: str, shape: tuple[int, ...]) -> None:
+        """See that a frame of this shape belongs to the streams; the first one decides.
+
+        Raises:
+            ValueError: it is of another shape.
+        """
+        if self.shape is not None and shape != self.shape:
+            raise ValueError(
+                f"{operation}: a frame is {list(shape)} (rows, channels, height, width), the stream's are "
+                f"{list(self.shape)}; use a FrameMemory for each size and batch"
+            )
+        self.shape = shape
+
+    def open(self) -> "Pass":
+        """One pass over the next frames; whoever made it counts them afterwards."""
+        return Pass(self)
+
+
+class Pass:
+    """One walk through all layers: hands each the memory that is its own.
+
+    Attributes:
+        first: whether nothing was taken in before.
+    """
+
+    def __init__(self, memory: FrameMemory) -> None:
+        self.first = memory.frames == 0
+        self._tensors, self._next = memory.tensors, 0
+
+    def take(self, x: Tensor, frames: int) -> Tensor:
+        """The `frames` last inputs `[B, frames, H, W, C]` of the layer whose next input is x `[B, T, H, W, C]`."""
+        if self._next == len(self._tensors):
+            self._tensors.append(x.new_zeros(x.shape[0], frames, *x.shape[2:]))
+        self._next += 1
+        return self._tensors[self._next - 1]
+
+    def extend(self, x: Tensor, frames: int) -> Tensor:
+        """x with the frames before it, `[B, frames + T, H, W, C]`, the last of which are now the remembered ones."""
+        past = self.take(x, frames)
+        y = torch.cat([past, x], 1)
+        past.copy_(y[:, -frames:])
+        return y
+
+
+class VideoDecoder(Protocol):
+    """Turns latent frames into pictures as they come."""
+
+    def decode(self, latents: Tensor, memory: FrameMemory) -> Tensor:
+        """Latents `[B, C, F, h, w]` to pictures `[B, 3, n, H, W]` in -1 .. 1; the first latent frame of a stream is one
+        picture, every other one four.
+        """
+        ...
+
+
+class StreamedDecoder(nn.Module):
+    """A decoder that takes one latent frame at a time, whatever it is given: cutting a stream never changes a bit.
+
+    Subclasses define `decode_frame`.
+    """
+
+    latent_channels: int
+
+    def decode_frame(self, latent: Tensor, step: Pass) -> Tensor:
+        """One latent frame `[B, C, h, w]` to pictures `[B, 3, n, H, W]`, on the device alone: it can be recorded."""
+        raise NotImplementedError
+
+    @property
+    def like(self) -> Tensor:
+        """A parameter: latents are of its type and on its device."""
+        return next(self.parameters())
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, memory: FrameMemory) -> Tensor:
+        """Latents `[B, C, F, h, w]`, F >= 1, to pictures `[B, 3, n, H, W]` in -1 .. 1.
+
+        The first latent frame of a stream is one picture, every other one as many as the time factor says.
+
+        Raises:
+            ValueError: another shape, type or device, or frames of another size than the stream's. The memory is then
+                as it was.
+        """
+        self.check(latents, memory)
+        pictures = []
+        for latent in latents.unbind(2):
+            pictures.append(self.decode_frame(latent, memory.open()))
+            memory.frames += 1
+        return pictures[0] if len(pictures) == 1 else torch.cat(pictures, 2)
+
+    def check(self, latents: Tensor, memory: FrameMemory) -> None:
+        """See that `decode` can take these latents.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        name, like = type(self).__name__, self.like
+        if latents.dim() != 5 or latents.shape[1] != self.latent_channels or 0 in latents.shape:
+            raise ValueError(
+                f"{name}.decode: the latents are {list(latents.shape)}, wanted [B, {self.latent_channels}, F, h, w]"
+            )
+        if latents.dtype != like.dtype or latents.device != like.device:
+            raise ValueError(
+                f"{name}.decode: the latents are {latents.dtype} on {latents.device}, the decoder is {like.dtype} on "
+                f"{like.device}; move one to the other"
+            )
+        B, C, _, h, w = latents.shape
+        memory.fit(f"{name}.decode", (B, C, h, w))
+
+
+def to_uint8(pictures: Tensor) -> Tensor:
+    """Pictures `[B, 3, n, H, W]` in -1 .. 1 to bytes `[B, n, H, W, 3]` to be shown, on the same device."""
+    return (pictures.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)

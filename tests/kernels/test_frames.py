@@ -1,0 +1,63 @@
+"""Frames for a causal convolution: the kernel and the reference against the formula written out."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from longburn.kernels import triton
+from longburn.kernels.frames import OPERATION, FramesCall, norm_frames
+from longburn.kernels.registry import use_impl
+
+
+def by_hand(x: Tensor, weight: Tensor, past: Tensor, bias: Tensor | None) -> Tensor:
+    """In fp64, pixel by pixel: divided by its length, times the root of the number of channels."""
+    wide = x.double() + (0 if bias is None else bias.double())
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
+    normed = wide / length * wide.shape[-1] ** 0.5 * weight.double()
+    return torch.cat([past.double(), normed / (1 + (-normed).exp())], 1)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("frames", [1, 2, 4])
+@pytest.mark.parametrize(("channels", "with_bias"), [(3, False), (24, True), (96, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_frames_are_normed_and_remembered(
+    impl: str, frames: int, channels: int, with_bias: bool, dtype: torch.dtype
+) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if impl == "triton" and not (device == "cuda" or triton.interprets()):
+        pytest.skip("needs a GPU or TRITON_INTERPRET=1")
+    torch.manual_seed(0)
+    x = torch.randn(2, frames, 5, 23, channels).to(device, dtype)
+    x[0, 0, 0, 0] = 0  # a pixel without length
+    weight, past = torch.randn(channels).to(device, dtype), torch.randn(2, 2, 5, 23, channels).to(device, dtype)
+    bias = torch.randn(channels).to(device, dtype) if with_bias else None
+    wanted = by_hand(x, weight, past, bias)
+    with use_impl(impl):
+        y = norm_frames(x, weight, past, bias=bias)
+    tolerance = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(y.double(), wanted, atol=tolerance, rtol=tolerance)
+    assert torch.equal(past, y[:, -2:]), "the last two frames are remembered"
+    assert bool(y.isfinite().all())
+
+
+def test_what_does_not_belong_together_is_refused() -> None:
+    x, weight, past = torch.zeros(1, 2, 3, 4, 5), torch.ones(5), torch.ones(1, 2, 3, 4, 5)
+    for wrong in (
+        (x, torch.ones(4), past),
+        (x, weight, past[:, :1]),
+        (x, weight, past[..., :4]),
+        (x[:, :0], weight, past),
+    ):
+        with pytest.raises(ValueError, match=r"norm_frames: .* wanted \[B, T, H, W, C\]"):
+            norm_frames(*wrong)
+    assert bool((past == 1).all())
+
+
+def test_why_the_kernel_does_not_take_a_call() -> None:
+    call = FramesCall(torch.zeros(1, 1, 2, 2, 4), torch.ones(4), torch.zeros(1, 2, 2, 2, 4), None)
+    (kernel,) = (impl for impl in OPERATION.impls if impl.name == "triton")
+    assert "CUDA" in str(kernel.why_not(call)) or "triton" in str(kernel.why_not(call))
+    with use_impl("triton"):
+        assert "takes fp32, bf16 or fp16, one type" in str(kernel.why_not(call._replace(past=call.past.half())))
+        assert kernel.why_not(call._replace(x=call.x.mT.contiguous().mT)) == "a tensor has gaps"
