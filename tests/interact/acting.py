@@ -74,8 +74,8 @@ def tiny_agent(observations: spaces.Space, actions: spaces.Space, window: AttnWi
 class Ledger(gymnasium.Env):
     """Writes down all that is asked of it. Observation: a hash of its seed, episode and all actions of the episode.
 
-    Episodes end after 2, 3, 4, ... steps (each longer than the last, then from 2 again), by turns terminated and
-    truncated. The reward is the number of the step.
+    With seed s, episode number n ends after `2 + (s + n) % cycle` steps; episodes are by turns terminated and truncated.
+    The reward is the number of the step.
     """
 
     def __init__(self, actions: spaces.Space | None = None, *, cycle: int = 3, never: bool = False) -> None:
@@ -101,5 +101,5 @@ class Ledger(gymnasium.Env):
         self.log.append(np.asarray(action).tolist())
         self.done += 1
         self.sum += int(np.abs(np.asarray(action, np.float64) * 10).sum() + 3)
-        over = not self.never and self.done == 2 + self.number % self.cycle
+        over = not self.never and self.done == 2 + (self.key + self.number) % self.cycle
         return self._observation(), float(self.done), over and self.number % 2 == 0, over and self.number % 2 == 1, {}

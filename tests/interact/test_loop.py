@@ -150,11 +150,14 @@ def test_a_row_is_cleared_when_its_new_episode_begins_and_only_then(mode: Autore
     for turn in rollout(agent, env, steps=8, seed=0):
         turn_number += 1
         del turn
-    rows = list(range(1 if mode is None else 2))
-    # Episodes of 2, 3, 4 steps: in NEXT_STEP a reset takes a step of its own, else the next step begins the new one.
-    ends = [0, 3, 7] if mode is AutoresetMode.NEXT_STEP else [0, 2, 5]
-    assert cleared == [(turn, rows) for turn in ends]
-    assert max(max(at) for at in lengths) == 5  # three observations and two actions
+    # Episodes of 2, 3, 4 steps in row 0, of 3, 4, 2 in row 1. In NEXT_STEP a reset takes a step of its own.
+    if mode is None:
+        assert cleared == [(0, [0]), (2, [0]), (5, [0])]
+    elif mode is AutoresetMode.NEXT_STEP:
+        assert cleared == [(0, [0, 1]), (3, [0]), (4, [1]), (7, [0])]
+    else:
+        assert cleared == [(0, [0, 1]), (2, [0]), (3, [1]), (5, [0]), (7, [1])]
+    assert max(max(at) for at in lengths) == (5 if mode is None else 7)  # four observations and three actions
 
 
 def test_memory_and_work_of_a_step_do_not_grow() -> None:
@@ -186,7 +189,9 @@ def test_evaluate_counts_every_row_alike() -> None:
     env = vector(2, AutoresetMode.SAME_STEP)
     played = evaluate(agent_for(env), env, episodes=5, seed=0)
     assert [(e.row, e.number) for e in played] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
-    assert [e.steps for e in played] == [2, 3, 4] * 2
+    assert [e.steps for e in played] == [2, 3, 4, 3, 4, 2]
+    uneven = SyncVectorEnv([lambda: Ledger(cycle=9)] * 2)  # while row 0 plays 10 steps, row 1 plays 2, 3 and 4
+    assert [(e.row, e.steps) for e in evaluate(agent_for(uneven), uneven, episodes=2, seed=8)] == [(0, 10), (1, 2)]
     with pytest.raises(ValueError, match="0 episodes, wanted at least 1"):
         evaluate(agent_for(env), env, episodes=0)
 
