@@ -6,6 +6,7 @@ A causal diffusion transformer makes blocks of three latent frames, twelve pictu
 from longburn.models.matrix_game_2.config import ActionConfig, MatrixGame2Config
 from longburn.models.matrix_game_2.dit import MatrixGame2, Modulation, Prepared
 from longburn.models.matrix_game_2.frames import Caches, FrameWindow, Place, place_of
+from longburn.models.matrix_game_2.rollout import Rollout, RolloutSettings
 
 __all__ = [
     "ActionConfig",
@@ -16,5 +17,7 @@ __all__ = [
     "Modulation",
     "Place",
     "Prepared",
+    "Rollout",
+    "RolloutSettings",
     "place_of",
 ]

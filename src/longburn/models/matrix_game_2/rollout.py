@@ -1,0 +1,262 @@
+"""A session with Matrix-Game 2: actions in, blocks of latent video out, for as long as one likes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longburn.models.matrix_game_2.config import BLOCK_FRAMES, LATENT_SIZE, MASK_CHANNELS, PATCH, STEPS
+from longburn.models.matrix_game_2.dit import MatrixGame2
+from longburn.models.matrix_game_2.frames import Caches, FrameWindow, place_of
+from longburn.models.matrix_game_2.passes import Passes
+from longburn.models.matrix_game_2.sampler import SHIFT, BlockNoise, noise_levels
+from longburn.models.matrix_game_2.signals import Signal, Signals
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How a session runs. The defaults are those of the released model.
+
+    Args:
+        window: latent frames that a block sees, itself and kept ones among them; None: the model's `local_attn_size`.
+        sink_frames: first frames that are kept for ever; None: the model's `sink_size`.
+        relative_sinks, past_log_weights: see `FrameWindow`.
+        steps: of the sampler, counted from 1000 down; None: those of the model's mode.
+        shift: of the sampler.
+        packed: keep the video's keys and values as fp8, half the memory.
+        latent_size: rows and columns of a latent frame, an eighth of a picture's.
+        record: replay CUDA graphs once the window is full.
+    """
+
+    window: int | None = None
+    sink_frames: int | None = None
+    relative_sinks: bool = False
+    past_log_weights: tuple[float, ...] = ()
+    steps: tuple[int, ...] | None = None
+    shift: float = SHIFT
+    packed: bool = False
+    latent_size: tuple[int, int] = LATENT_SIZE
+    record: bool = True
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a finished frame was made of, to be read again."""
+
+    latent: Tensor  # [B, 16, H, W]
+    condition: Tensor  # [B, 20, H, W]
+    keyboard: Tensor  # [B, window, signals]
+    mouse: Tensor | None
+
+
+class Rollout:
+    """B streams that go on in step, each with noise of its own. Memory and time of a block stay the same for ever.
+
+    Without kept frames the model sees differences of time only, so no stream is too long for it.
+
+    Args:
+        model: the transformer.
+        clip: the start images' tokens `[B, 257, 1280]`, from the vision tower.
+        start: their latents `[B, 16, K, H, W]`: those of a video that begins with the image and is grey then. The last
+            one stands for all further frames.
+        seeds: one a stream; None draws one.
+        settings: see there.
+
+    Attributes:
+        frames: latent frames made so far.
+
+    Raises:
+        ValueError: shapes that disagree, or settings that do not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: MatrixGame2,
+        clip: Tensor,
+        start: Tensor,
+        *,
+        seeds: Sequence[int | None] = (0,),
+        settings: RolloutSettings | None = None,
+    ) -> None:
+        self.model, self.settings = model, settings or RolloutSettings()
+        config, chosen, device = model.config, self.settings, model.device
+        batch = len(seeds)
+        self._check(clip, start, batch)
+        window = FrameWindow(
+            config.local_attn_size if chosen.window is None else chosen.window,
+            config.sink_size if chosen.sink_frames is None else chosen.sink_frames,
+            chosen.relative_sinks,
+            chosen.past_log_weights,
+        )
+        levels = noise_levels(chosen.steps or STEPS.get(config.mode, STEPS["universal"]), shift=chosen.shift)
+        H, W = chosen.latent_size
+        tokens = (H // PATCH) * (W // PATCH)
+        self.window, self.batch = window, batch
+        with torch.no_grad():
+            self.caches = Caches(config, window, batch, tokens, dtype=model.dtype, device=device, packed=chosen.packed)
+            self._passes = Passes(model, self.caches, model.look(clip.to(device)), (H, W), levels, record=chosen.record)
+        self._noise = BlockNoise(tuple(self._passes.x.shape), len(levels) - 1, seeds, device)
+        self._signals = Signals(config, batch)
+        self._start = start.to(device, model.dtype)
+        self._origin = 0  # the frame at which `start` begins
+        self._oldest = 0  # the first of the frames that were written one after the other
+        self._made: dict[int, _Made] = {}
+        self.frames = 0
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures the next block shows: 9 at the start of a video, else 12."""
+        return self._signals.pictures(self.frames)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether blocks are replayed as CUDA graphs."""
+        return self._passes.recorded
+
+    @property
+    def why_not(self) -> str | None:
+        """Why blocks are never replayed, or None."""
+        return self._passes.why_not
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the caches."""
+        return self.caches.nbytes
+
+    @torch.no_grad()
+    def step(self, keyboard: Signal, mouse: Signal | None = None) -> Tensor:
+        """Make the next block.
+
+        Args:
+            keyboard: 0 or 1 a key: `[keys]` for all streams, `[B, keys]`, or one a picture, `[B, pictures, keys]`.
+            mouse: likewise, pitch and yaw within -1 .. 1 (the models were trained with 0.1); None: it rests.
+
+        Returns:
+            Latents `[B, 16, 3, H, W]`, fp32 at least, on the model's device. The host does not wait for them.
+
+        Raises:
+            ValueError: actions of another shape or out of range. Nothing has changed then.
+        """
+        keys, moved = self._signals.checked(keyboard, mouse, self.frames)
+        heard_keys, heard_mouse = self._signals.hear(keys, moved)
+        passes, first = self._passes, self.frames
+        self._noise.send(passes.x, passes.fresh)
+        passes.first.fill_(first)
+        passes.keyboard.copy_(heard_keys)
+        if passes.mouse is not None and heard_mouse is not None:
+            passes.mouse.copy_(heard_mouse)
+        for i in range(BLOCK_FRAMES):
+            passes.condition[:, :, i] = self._condition(first + i)
+        passes.run(full=self._full(first))
+        self.frames += BLOCK_FRAMES
+        latents = passes.x.clone()
+        self._keep(first, latents, passes.condition.clone(), heard_keys, heard_mouse)
+        self._noise.draw()  # while the device works
+        return latents
+
+    @torch.no_grad()
+    def reanchor(self, clip: Tensor, start: Tensor | None = None) -> None:
+        """Go on under another image: all that the next block sees is read again beside it, then forgotten as it was.
+
+        Args:
+            clip: the new image's tokens `[B, 257, 1280]`.
+            start: its latents, which condition the frames from here on as those of a first image do; None: the frames
+                to come stay conditioned as they were.
+
+        Raises:
+            ValueError: shapes that disagree. Nothing has changed then.
+        """
+        self._check(clip, self._start if start is None else start, self.batch)
+        device, dtype = self.model.device, self.model.dtype
+        self._passes.look(self.model.look(clip.to(device)))
+        if start is not None:
+            self._start, self._origin = start.to(device, dtype), self.frames
+        self.caches.reset()
+        self._oldest = max(self.frames - self.window.frames + BLOCK_FRAMES, 0)
+        kept = [frame for frame in range(self.window.sink_frames) if frame < min(self._oldest, self.frames)]
+        for group in _by_blocks(kept):
+            self._read_again(group)
+        for ring in (*self.caches.keyboard, *self.caches.mouse):  # which keep no first frames
+            ring.reset()
+        for group in _by_blocks(range(self._oldest, self.frames)):
+            self._read_again(group)
+
+    @torch.no_grad()
+    def reset(self, seeds: Sequence[int | None]) -> None:
+        """Begin again with the same images and other seeds, in the same memory.
+
+        Raises:
+            ValueError: not one seed a stream.
+        """
+        if len(seeds) != self.batch:
+            raise ValueError(f"Rollout.reset: {len(seeds)} seeds, wanted one for each of {self.batch} streams")
+        passes = self._passes
+        self._noise = BlockNoise(tuple(passes.x.shape), len(passes.fresh), seeds, self.model.device)
+        self.caches.reset()
+        self._signals.reset()
+        self._made.clear()
+        self.frames = self._origin = self._oldest = 0
+
+    def _full(self, first: int) -> bool:
+        """Whether every slot of every ring is filled once the block from `first` on is written."""
+        return first + BLOCK_FRAMES - self._oldest >= self.window.frames
+
+    def _condition(self, frame: int) -> Tensor:
+        """Mask and start image at a frame, `[B, 20, H, W]`."""
+        at = frame - self._origin
+        image = self._start[:, :, min(at, self._start.shape[2] - 1)]
+        mask = image.new_full((self.batch, MASK_CHANNELS, *image.shape[2:]), float(at == 0))
+        return torch.cat([mask, image], 1)
+
+    def _keep(self, first: int, latents: Tensor, condition: Tensor, keyboard: Tensor, mouse: Tensor | None) -> None:
+        """Remember what these frames were made of, and forget it of those that nobody will read again."""
+        for i in range(BLOCK_FRAMES):
+            moved = None if mouse is None else mouse[:, i]
+            self._made[first + i] = _Made(latents[:, :, i], condition[:, :, i], keyboard[:, i], moved)
+        oldest = self.frames - self.window.frames + BLOCK_FRAMES
+        for frame in [frame for frame in self._made if self.window.sink_frames <= frame < oldest]:
+            del self._made[frame]
+
+    def _read_again(self, group: Sequence[int]) -> None:
+        """Write finished frames, one after the other, to the caches."""
+        model, passes = self.model, self._passes
+        made = [self._made[frame] for frame in group]
+
+        def of(parts: Sequence[Tensor], dim: int) -> Tensor:
+            return torch.stack(list(parts), dim).to(model.device, model.dtype)
+
+        mouse = [frame.mouse for frame in made if frame.mouse is not None]
+        first = torch.full((1,), group[0], device=model.device)
+        place = place_of(model.config, passes.rope, self.window, first, len(group), full=False, dtype=model.dtype)
+        prepared = model.prepare(
+            place,
+            self.caches,
+            of([frame.condition for frame in made], 2),
+            of(mouse, 1) if mouse else None,
+            of([frame.keyboard for frame in made], 1),
+            passes.image,
+        )
+        model.remember(torch.stack([frame.latent for frame in made], 2), passes.clean, prepared, self.caches)
+
+    def _check(self, clip: Tensor, start: Tensor, batch: int) -> None:
+        channels, (H, W) = self.model.config.out_dim, self.settings.latent_size
+        if H % PATCH or W % PATCH or min(H, W) < PATCH:
+            raise ValueError(f"Rollout: latent_size is {(H, W)}, wanted even numbers (pictures are 8 times as large)")
+        if start.dim() != 5 or start.shape[:2] != (batch, channels) or start.shape[3:] != (H, W) or not start.shape[2]:
+            raise ValueError(
+                f"Rollout: start is {tuple(start.shape)}, wanted [{batch}, {channels}, frames, {H}, {W}]: latents of "
+                f"{8 * H} x {8 * W} pictures, one row a seed"
+            )
+        if clip.dim() != 3 or clip.shape[0] != batch:
+            raise ValueError(f"Rollout: clip is {tuple(clip.shape)}, wanted [{batch}, 257, 1280], one row a seed")
+
+
+def _by_blocks(frames: Sequence[int]) -> list[list[int]]:
+    """Consecutive frames, cut where blocks were."""
+    groups: list[list[int]] = []
+    for frame in frames:
+        if not groups or frame % BLOCK_FRAMES == 0:
+            groups.append([])
+        groups[-1].append(frame)
+    return groups
