@@ -20,6 +20,16 @@ class _Recording(NamedTuple):
     out: Tensor  # and where it writes
 
 
+class _Last(NamedTuple):
+    """A call, and its graph."""
+
+    varying: Hashable
+    fixed: Tensors
+    parameters: Tensors
+    addresses: Hashable
+    recording: _Recording
+
+
 class Recorded(Generic[Settings]):
     """`run(changing, fixed, settings)`, which launches once per call on CUDA what it would launch kernel by kernel.
 
@@ -42,7 +52,7 @@ class Recorded(Generic[Settings]):
         self.captures = 0
         self.why_not: str | None = None
         self._recordings: OrderedDict[Hashable, _Recording | None] = OrderedDict()  # None: called once
-        self._copied: dict[Hashable, tuple[Tensors, tuple[int, ...]]] = {}
+        self._last: _Last | None = None
         self._pool: object = None
 
     def __call__(self, changing: Sequence[Tensor], fixed: Sequence[Tensor], settings: Settings) -> Tensor:
@@ -54,47 +64,55 @@ class Recorded(Generic[Settings]):
             settings: whatever else the pass depends on.
         """
         changing, fixed = tuple(changing), tuple(fixed)
-        every = (*changing, *fixed)
-        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (*every, *self.model.parameters()))
-        if self.why_not is not None or not every[0].is_cuda or wanted or torch.cuda.is_current_stream_capturing():
+        if self.why_not is not None or not changing[0].is_cuda or torch.cuda.is_current_stream_capturing():
             return self.run(changing, fixed, settings)
-        key = (chosen(), torch.are_deterministic_algorithms_enabled(), settings, _shapes(every), self._addresses())
-        if key not in self._recordings:
-            self._make_room()
-            self._recordings[key] = None
-            return self.run(changing, fixed, settings)
-        self._recordings.move_to_end(key)
-        recording = self._recordings[key] or self._record(key, changing, fixed, settings)
+        recording = self._of_last(changing, fixed, settings) or self._of(changing, fixed, settings)
         if recording is None:
             return self.run(changing, fixed, settings)
         for own, given in zip(recording.changing, changing, strict=True):
             own.copy_(given)
-        self._copy_fixed(key, recording, fixed)
         recording.graph.replay()
         return recording.out.clone()
 
     def forget(self) -> None:
         """Give back all graphs and their memory."""
         self._recordings.clear()
-        self._copied.clear()
-        self._pool = None
+        self._last = self._pool = None
 
-    def _copy_fixed(self, key: Hashable, recording: _Recording, fixed: Tensors) -> None:
-        versions = _versions(fixed)
-        held, seen = self._copied.get(key, ((), ()))
-        if seen != versions or len(held) != len(fixed) or any(a is not b for a, b in zip(held, fixed, strict=True)):
+    def _of_last(self, changing: Tensors, fixed: Tensors, settings: Settings) -> _Recording | None:
+        """The graph of the last call, if this one goes on with it: a loop's host must not fall behind its device."""
+        if self._last is None:
+            return None
+        last = self._last
+        same = len(last.fixed) == len(fixed) and all(a is b for a, b in zip(last.fixed, fixed, strict=True))
+        goes_on = same and last.varying == _varying(changing, fixed, settings)
+        return last.recording if goes_on and last.addresses == _addresses(last.parameters) else None
+
+    def _of(self, changing: Tensors, fixed: Tensors, settings: Settings) -> _Recording | None:
+        """The graph of such a call, which has these fixed tensors now; None if it is the first one."""
+        parameters = (*self.model.parameters(), *self.model.buffers())
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*changing, *fixed, *parameters)):
+            return None
+        shapes = tuple((t.shape, t.dtype, t.device) for t in fixed)
+        key = (_varying(changing, (), settings), shapes, _addresses(parameters))
+        if key not in self._recordings:
+            while len(self._recordings) >= self.keep:
+                self._recordings.popitem(last=False)
+            self._recordings[key], self._last = None, None
+            return None
+        self._recordings.move_to_end(key)
+        recording = self._recordings[key] or self._record(changing, fixed, settings)
+        if recording is not None:
+            self._recordings[key] = recording
             for own, given in zip(recording.fixed, fixed, strict=True):
                 own.copy_(given)
-            self._copied[key] = fixed, versions
-
-    def _make_room(self) -> None:
-        while len(self._recordings) >= self.keep:
-            oldest, _ = self._recordings.popitem(last=False)
-            self._copied.pop(oldest, None)
+            varying = _varying(changing, fixed, settings)
+            self._last = _Last(varying, fixed, parameters, _addresses(parameters), recording)
+        return recording
 
     @torch.inference_mode(False)  # what is made here is written to in either mode
     @torch.no_grad()
-    def _record(self, key: Hashable, changing: Tensors, fixed: Tensors, settings: Settings) -> _Recording | None:
+    def _record(self, changing: Tensors, fixed: Tensors, settings: Settings) -> _Recording | None:
         device = changing[0].device
         own = tuple(t.clone() for t in changing), tuple(t.clone() for t in fixed)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
@@ -111,18 +129,15 @@ class Recorded(Generic[Settings]):
             self.forget()
             return None
         self.captures += 1
-        self._recordings[key] = recording = _Recording(graph, *own, out)
-        self._copied[key] = fixed, _versions(fixed)
-        return recording
-
-    def _addresses(self) -> Hashable:
-        return tuple(t.data_ptr() for t in (*self.model.parameters(), *self.model.buffers()))
+        return _Recording(graph, *own, out)
 
 
-def _shapes(tensors: Tensors) -> Hashable:
-    return tuple((t.shape, t.dtype, t.device) for t in tensors)
+def _addresses(tensors: Tensors) -> Hashable:
+    return tuple(t.data_ptr() for t in tensors)
 
 
-def _versions(tensors: Tensors) -> tuple[int, ...]:
-    """How often each was written to, as far as PyTorch counts it."""
-    return tuple(0 if t.is_inference() else t._version for t in tensors)
+def _varying(changing: Tensors, fixed: Tensors, settings: Hashable) -> Hashable:
+    """What a graph depends on; and how often its fixed tensors were written to, as far as PyTorch counts it."""
+    shapes = tuple((t.shape, t.dtype, t.device) for t in changing)
+    versions = tuple(0 if t.is_inference() else t._version for t in fixed)
+    return chosen(), torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(), settings, shapes, versions

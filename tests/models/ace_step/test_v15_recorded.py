@@ -1,7 +1,5 @@
 """A sampling loop over recorded passes is the loop over the passes themselves, bit for bit."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,14 +13,14 @@ pytestmark = pytest.mark.cuda
 
 
 @pytest.fixture(scope="module")
-def dit() -> Iterator[AceStepDiT]:
+def dit() -> AceStepDiT:
     torch.manual_seed(0)
     config = AceStep15Config.from_config(CONFIG)
     with torch.device("cuda"), torch.no_grad():
         dit = AceStepDiT(config, dtype=torch.bfloat16).eval()
         for parameter in dit.parameters():
             parameter.normal_(1 if parameter.dim() == 1 else 0, 0.2)
-        yield dit
+    return dit
 
 
 def randn(dit: AceStepDiT, frames: int, seed: int, rows: int = 1) -> Tensor:

@@ -69,7 +69,8 @@ def context_latents(source: Tensor, *, span: Span | None = None, silence: Tensor
 class DiTVelocity:
     """The velocity of a transformer under one context and one set of conditions, for `sample`.
 
-    Keys and values of the conditions are computed here, once; what a noise level modulates, when it first comes.
+    Keys and values of the conditions are computed here, once; what a noise level modulates, when it first comes, or in
+    every recorded pass, where it costs the host nothing.
 
     Args:
         dit: the transformer.
@@ -111,29 +112,34 @@ class DiTVelocity:
             self.conditions = {B: _first(every, B), 2 * B: every}
         else:
             self.conditions = {B: dit.conditions(hidden, mask)}
+        self._fixed = {
+            rows: (self.context[rows], *(part for one in held for part in one[:3]))
+            for rows, held in self.conditions.items()
+        }
         self._modulations: dict[float, Modulation] = {}
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """Velocity of x `[B, N, 64]` or, with a null condition, `[2 B, N, 64]`, in the transformer's type."""
         if (rows := x.shape[0]) not in self.context:
             raise ValueError(f"DiTVelocity: x has {rows} rows, wanted {' or '.join(map(str, self.context))}")
+        x, context, held = x.to(self.dtype), self.context[rows], self.conditions[rows]
+        if self.passes is not None:
+            level = torch.full((1,), t, dtype=torch.float32, device=x.device)
+            return self.passes((x, level), self._fixed[rows], held[0].full)
         if t not in self._modulations:
             (self._modulations[t],) = self.dit.modulations((t,))
-        x, modulation, context, held = x.to(self.dtype), self._modulations[t], self.context[rows], self.conditions[rows]
-        if self.passes is None:
-            return self.dit.forward(x, modulation, context, held)
-        return self.passes((x, *modulation), (context, *(part for one in held for part in one[:3])), held[0].full)
+        return self.dit.forward(x, self._modulations[t], context, held)
 
 
 def recorded_passes(dit: AceStepDiT) -> Passes:
     """The transformer's passes as CUDA graphs, one for every shape: for `DiTVelocity`."""
 
     def run(changing: tuple[Tensor, ...], fixed: tuple[Tensor, ...], full: bool) -> Tensor:
-        x, layers, out = changing
+        x, level = changing
         context, *parts = fixed
         layers_of = zip(parts[0::3], parts[1::3], parts[2::3], strict=True)
         held = tuple(CrossKeyValues(k, v, pos, full) for k, v, pos in layers_of)
-        return dit.forward(x, Modulation(layers, out), context, held)
+        return dit.forward(x, level, context, held)
 
     return Recorded(run, dit)
 
