@@ -20,11 +20,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from numpy.typing import NDArray
 from torch import Tensor
 
 from longburn.models.minigrid.cells import ACTIONS
-from longburn.models.minigrid.rooms import CELLS, SYMBOLS, Explorer, frame_of, room
+from longburn.models.minigrid.measure import ENDED, Explored, drift, explore
+from longburn.models.minigrid.rooms import CELLS, SYMBOLS
 from longburn.models.minigrid.world import RoomConfig, RoomModel
 from minigrid_training.fitting import Schedule, describe, fit, save
 from minigrid_training.fitting import export as export_files
@@ -35,7 +35,6 @@ PACKAGE_DATA = ROOT / "src" / "longburn" / "models" / "data" / "minigrid_world"
 STEPS = 100  # of an episode
 CLIP = 12  # frames that are learnt from at a time, beside the first of the episode
 FARTHEST = 4096  # frames from the first one, in positions
-ENDED = 255  # action of steps after the end
 CARD = """# A world model of a MiniGrid room
 
 {parameters:,} parameters, trained by `examples/train_minigrid_world.py` in {minutes:.1f} minutes on one {device}. Given
@@ -49,29 +48,6 @@ a frame of `MiniGrid-DoorKey-8x8-v0` seen whole (64 symbols) and an action, it g
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Episodes = Annotated[Path, typer.Option(help="Where `prepare` puts the episodes, and `train` finds them.")]
-Played = tuple[NDArray[np.uint8], NDArray[np.uint8]]
-
-
-def gather(episodes: int, seed: int, *, steps: int = STEPS, goals: float = 0.3) -> Played:
-    """Frames `[E, steps + 1, 64]` and actions `[E, steps]` of an explorer; `ENDED` after an end, where frames repeat.
-
-    goals: share of episodes in which it may step on the goal.
-    """
-    frames = np.zeros((episodes, steps + 1, CELLS), dtype=np.uint8)
-    actions = np.full((episodes, steps), ENDED, dtype=np.uint8)
-    for row in range(episodes):
-        rng = np.random.default_rng(seed + row)
-        env = room()
-        env.reset(seed=seed + row)
-        explorer = Explorer(env, rng, goal=bool(rng.random() < goals))
-        frames[row] = frame_of(env)
-        for step in range(steps):
-            actions[row, step] = explorer.action()
-            _, _, terminated, truncated, _ = env.step(int(actions[row, step]))
-            frames[row, step + 1 :] = frame_of(env)
-            if terminated or truncated:
-                break
-    return frames, actions
 
 
 @app.command()
@@ -84,7 +60,7 @@ def prepare(
     from importlib.metadata import version
 
     began = time.perf_counter()
-    frames, actions = gather(episodes, seed)
+    frames, actions = explore(episodes, STEPS, seed=seed, goals=0.3)
     data.parent.mkdir(parents=True, exist_ok=True)
     origin = {"episodes": episodes, "steps": STEPS, "seed": seed, "minigrid": version("minigrid")}
     np.savez_compressed(data, frames=frames, actions=actions, origin=json.dumps(origin))
@@ -135,7 +111,7 @@ def corrupted(frames: Tensor, rate: float, generator: torch.Generator) -> Tensor
 
 def learn(
     config: RoomConfig,
-    played: Played,
+    played: Explored,
     schedule: Schedule,
     batch: int,
     device: torch.device,
@@ -156,31 +132,21 @@ def learn(
 
     log = fit(model, loss_of, schedule)
     log |= {"parameters": sum(p.numel() for p in model.parameters()), "seed": seed, "noise": noise}
-    log["held_out"] = rollout(model, frames[-held:], actions[-held:])
+    log["held_out"] = held_out(model, frames[-held:], actions[-held:])
     return model, log | describe(device)
 
 
-@torch.no_grad()
-def rollout(model: RoomModel, frames: Tensor, actions: Tensor) -> dict[str, Any]:
-    """How it does over episodes that did not end: each step from the truth, and all steps from the first frame."""
+def held_out(model: RoomModel, frames: Tensor, actions: Tensor) -> dict[str, Any]:
+    """How it does over episodes that did not end."""
     whole = (actions != ENDED).all(1)
-    frames, actions = frames[whole], actions[whole].long()
-    true, free = model.init_cache(len(frames)), model.init_cache(len(frames))
-    seen = frames[:, 0]
-    right, exact, drift = [], [], []
-    for step in range(actions.shape[1]):
-        action, following = actions[:, step : step + 1], frames[:, step + 1]
-        guess = model(frames[:, step : step + 1], action, cache=true).argmax(-1)[:, 0]
-        right.append((guess == following).float().mean())
-        exact.append((guess == following).all(1).float().mean())
-        seen = model(seen[:, None], action, cache=free).argmax(-1)[:, 0]
-        drift.append(((seen == following).float().mean(), (seen == following).all(1).float().mean()))
+    result = drift(model, frames[whole], actions[whole])
+    marks = [n for n in (1, 10, 25, 50, 100) if n <= STEPS]
     return {
-        "episodes": len(frames),
-        "one_step_cells": round(float(torch.stack(right).mean()), 6),
-        "one_step_frames": round(float(torch.stack(exact).mean()), 6),
-        "free_cells": {n + 1: round(float(drift[n][0]), 6) for n in range(9, len(drift), 10)},
-        "free_frames": {n + 1: round(float(drift[n][1]), 6) for n in range(9, len(drift), 10)},
+        "episodes": int(whole.sum()),
+        "one_step_cells": round(float(result.told_cells.mean()), 6),
+        "one_step_frames": round(float(result.told_frames.mean()), 6),
+        "free_cells": {n: round(float(result.free_cells[n - 1]), 6) for n in marks},
+        "free_frames": {n: round(float(result.free_frames[n - 1]), 6) for n in marks},
     }
 
 
@@ -199,7 +165,7 @@ def train(
     """Train, and write weights, sizes and log."""
     torch.set_float32_matmul_precision("high")
     held = np.load(data)
-    schedule, played = Schedule(steps, seconds, learning_rate), (held["frames"], held["actions"])
+    schedule, played = Schedule(steps, seconds, learning_rate), Explored(held["frames"], held["actions"])
     model, log = learn(RoomConfig(), played, schedule, batch, torch.device(device), seed, noise)
     save(model, model.config.to_dict(), log | {"data": json.loads(str(held["origin"]))}, out)
     print(json.dumps({key: value for key, value in log.items() if key != "training_loss"}))

@@ -110,7 +110,7 @@ def draw(frame: Frame, tile: int) -> NDArray[np.uint8]:
             direction = int(kind[2]) if kind[0] == KINDS[AGENT][0] else None
             tiles.append(render(decode(*map(int, kind)), agent_dir=direction, tile_size=tile))
         rows.append(np.concatenate(tiles, 1))
-    return np.concatenate(rows, 0)
+    return np.concatenate(rows, 0).astype(np.uint8)
 
 
 class Explorer:

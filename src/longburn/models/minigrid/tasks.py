@@ -11,26 +11,30 @@ from longburn.models.minigrid.extras import minigrid
 OUT_OF_SIGHT = 8  # the first column from which the first object is not in view, whichever way the agent looks
 
 
-def memory_task(size: int = 13, *, random_length: bool = False, gate: int | None = None, **settings: Any) -> Any:
+def memory_task(
+    size: int = 13, *, random_length: bool = False, gate: int | tuple[int, int] | None = None, **settings: Any
+) -> Any:
     """MiniGrid's `MemoryEnv`: `MiniGrid-MemoryS13-v0` by default.
 
     Args:
         size: of the map, odd, at least 7.
         random_length: hallways of random length, as in `MiniGrid-MemoryS17Random-v0`.
-        gate: a door at the end of the hallway is locked until this step; None is no door. MiniGrid's own task has
-            none: with it, the environment says how long there is something to remember.
+        gate: a door at the end of the hallway is locked until this step, or until one of (first, last) that is drawn
+            at each reset; None is no door. MiniGrid's own task has none: with it, the environment says how long there
+            is something to remember.
         settings: further ones of `MemoryEnv`, such as `max_steps` or `render_mode`.
 
     Raises:
         ImportError: minigrid is not installed.
         ValueError: a gate before the first step.
     """
-    if gate is not None and gate < 1:
-        raise ValueError(f"memory_task: gate {gate}, wanted the step at which it opens, at least 1, or None")
-    if gate is not None:
-        settings.setdefault("max_steps", gate + 5 * size**2)
+    opens = (gate, gate) if isinstance(gate, int) else gate
+    if opens is not None and not 1 <= opens[0] <= opens[1]:
+        raise ValueError(f"memory_task: gate {gate}, wanted the step at which it opens, at least 1, or (first, last)")
+    if opens is not None:
+        settings.setdefault("max_steps", opens[1] + 5 * size**2)
     env = minigrid("minigrid.envs", "memory_task").MemoryEnv(size=size, random_length=random_length, **settings)
-    return env if gate is None else _gated()(env, gate)
+    return env if opens is None else _gated()(env, opens)
 
 
 @lru_cache(maxsize=1)
@@ -40,17 +44,18 @@ def _gated() -> Any:
     objects = minigrid("minigrid.core.world_object", "memory_task")
 
     class Gated(gymnasium.Wrapper[Any, Any, Any, Any]):
-        """A locked door where the hallway ends, which opens by itself at a given step."""
+        """A locked door where the hallway ends, which opens by itself when it is time."""
 
-        def __init__(self, env: Any, opens: int) -> None:
+        def __init__(self, env: Any, opens: tuple[int, int]) -> None:
             super().__init__(env)
-            self.opens = opens
+            self.between = opens
 
         def reset(
             self, *, seed: int | None = None, options: dict[str, Any] | None = None
         ) -> tuple[Any, dict[str, Any]]:
             _, info = self.env.reset(seed=seed, options=options)
             inner: Any = self.unwrapped
+            self.opens = int(inner.np_random.integers(self.between[0], self.between[1] + 1))
             self.door = objects.Door("grey", is_locked=True)
             place = hallway_end(inner), inner.height // 2
             inner.grid.set(*place, self.door)
@@ -70,6 +75,18 @@ def _gated() -> Any:
 def hallway_end(env: Any) -> int:
     """The column of the hallway's last cell."""
     return int(env.success_pos[0]) - 1
+
+
+def sees_first_object(env: Any) -> bool:
+    """Whether the object of the first room is in the agent's view."""
+    env = env.unwrapped
+    there = 1, env.height // 2 - 1
+    x, y = env.get_view_coords(*there)
+    size = env.agent_view_size
+    if not (0 <= x < size and 0 <= y < size):
+        return False
+    shown: bool = env.gen_obs()["image"][x, y, 0] == env.grid.get(*there).encode()[0]
+    return shown
 
 
 class Expert:
