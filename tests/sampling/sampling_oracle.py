@@ -38,7 +38,9 @@ def probabilities(
         return [float(t == ranked[0]) for t in range(len(row))]
     if config.top_k:
         ranked = ranked[: config.top_k]
-    mass = {t: math.exp((row[t] - row[ranked[0]]) / config.temperature) for t in ranked}
+    mass = {
+        t: math.exp((row[t] - row[ranked[0]]) / (1 if config.temperature_last else config.temperature)) for t in ranked
+    }
     if config.top_p < 1:
         total, before, kept = math.fsum(mass.values()), 0.0, []
         for t in ranked:
@@ -47,5 +49,6 @@ def probabilities(
             before += mass[t]
         ranked = kept
     ranked = [t for t in ranked if mass[t] >= config.min_p]  # the most likely token has mass 1
+    mass = {t: math.exp((row[t] - row[ranked[0]]) / config.temperature) for t in ranked}
     total = math.fsum(mass[t] for t in ranked)
     return [mass[t] / total if t in ranked else 0.0 for t in range(len(row))]

@@ -63,6 +63,17 @@ def test_the_same_tokens(kind: str, size: int) -> None:
         "top-k": [
             {"top_k": k, "top_p": p} for k, p in zip((2, 7, 50, 33, 16), (1.0, 0.9, 0.5, 1.0, 0.97), strict=True)
         ],
+        "temperature last": [
+            {"temperature": t, "top_p": p, "min_p": m, "temperature_last": last}
+            for t, p, m, last in (
+                *((0.7, 0.95, 0.0, True), (3.0, 0.3, 0.0, True), (1.9, 1.0, 0.1, True)),
+                *((1.5, 0.9, 0.0, False), (5.0, 0.9, 0.05, True)),
+            )
+        ],
+        "top-k, temperature last": [
+            {"top_k": k, "top_p": 0.8, "temperature": t, "temperature_last": True}
+            for k, t in ((2, 3.0), (7, 0.4), (50, 1.0), (33, 9.0), (16, 0.7))
+        ],
     }
     for name, settings in groups.items():
         rows = [SamplerConfig(seed=row, **given) for row, given in enumerate(settings)]

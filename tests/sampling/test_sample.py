@@ -37,6 +37,7 @@ configs = st.builds(
     top_k=st.sampled_from([0, 0, 1, 2, 5, 30]),
     top_p=st.sampled_from([1, 1, 0.0123, 0.377, 0.7321, 0.98765]),
     min_p=st.sampled_from([0, 0, 0.0123, 0.4321]),
+    temperature_last=st.booleans(),
     repetition_penalty=st.sampled_from([1, 0.5, 2.0]),
     frequency_penalty=st.sampled_from([0, 0.25, -0.5]),
     presence_penalty=st.sampled_from([0, 0.5, -0.25]),
@@ -79,6 +80,7 @@ LOGITS = [0.3, 2.0, -1.0, 1.5, 0.3, -4.0, 0.0, 1.5, -0.5, 1.9, -2.5]
         {"top_p": 0.8},
         {"min_p": 0.15},
         {"top_k": 6, "top_p": 0.7, "min_p": 0.2, "temperature": 1.3},
+        {"top_p": 0.8, "min_p": 0.1, "temperature": 2.5, "temperature_last": True},
         {"logit_bias": {5: 5.0, 1: -1.0}, "banned_tokens": (3,)},
         {"repetition_penalty": 1.5, "frequency_penalty": 0.4, "presence_penalty": 0.3},
     ],
@@ -130,6 +132,16 @@ def test_temperature_comes_before_top_p_and_min_p():
     assert drawn(P, top_p=0.41, temperature=0.25) == [0]
     assert drawn(P, min_p=0.7) == [0, 1]
     assert drawn(P, min_p=0.7, temperature=0.25) == [0]
+
+
+def test_temperature_last_comes_after_them():
+    for temperature in (0.25, 4.0):
+        assert drawn(P, top_p=0.41, temperature=temperature, temperature_last=True) == [0, 1]
+        assert drawn(P, min_p=0.7, temperature=temperature, temperature_last=True) == [0, 1]
+        assert drawn(P, top_k=3, top_p=0.5, temperature=temperature, temperature_last=True) == [0, 1]
+    logits = torch.randn(9, 50)  # without a cut, when the temperature divides makes no difference
+    first, last = (sample(logits, SamplerConfig(temperature=3, temperature_last=x, seed=1)) for x in (False, True))
+    assert torch.equal(first.tokens, last.tokens)
 
 
 def test_top_k_comes_before_top_p():

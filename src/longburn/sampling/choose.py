@@ -38,6 +38,7 @@ class DrawCall(NamedTuple):
     top_k: Tensor | None
     top_p: Tensor | None
     min_p: Tensor | None
+    cut_temperature: Tensor | None = None  # of the weights that top-p and min-p look at; None is the temperature
 
 
 def _most_likely_reference(logits: Tensor) -> Tensor:
@@ -72,13 +73,17 @@ MOST_LIKELY: Operation[Tensor, Tensor] = Operation(
 def _draw_reference(call: DrawCall) -> Tensor:
     scores = clean(call.logits.float())
     ids = most_likely(scores, call.width) if call.width else None
-    mass = weigh(scores if ids is None else scores.gather(-1, ids), call.temperature)
+    considered = scores if ids is None else scores.gather(-1, ids)
+    cut = call.cut_temperature
+    mass = weigh(considered, call.temperature if cut is None else cut)
     if call.top_k is not None:
         mass = keep_top_k(mass, call.top_k)
     if call.top_p is not None:
         mass = keep_top_p(mass, call.top_p, scores) if ids is None else keep_top_p_ranked(mass, call.top_p)
     if call.min_p is not None:
         mass = keep_min_p(mass, call.min_p)
+    if cut is not None:
+        mass = weigh(considered, call.temperature) * (mass > 0)
     index = pick(mass, uniform(call.stream, call.draw))
     return index if ids is None else take(ids, index, missing=-1)
 
@@ -101,6 +106,7 @@ def _draw_triton(call: DrawCall) -> Tensor:
         top_k=torch.full((rows,), call.width, device=device) if call.top_k is None else call.top_k[:, 0],
         top_p=None if call.top_p is None else call.top_p[:, 0],
         min_p=column(call.min_p, 0.0),
+        cut_temperature=None if call.cut_temperature is None else call.cut_temperature[:, 0],
     )
     return draw_ranked(call.logits, settings, call.width) if call.width else draw(call.logits, settings)
 

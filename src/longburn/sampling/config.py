@@ -24,6 +24,8 @@ class SamplerConfig:
         top_k: Keep exactly this many most likely tokens, lowest ids first among equals; 0 is off.
         top_p: Keep the smallest set of most likely tokens whose probability reaches `top_p`, in (0, 1]; 1 is off.
         min_p: Keep tokens whose probability is at least `min_p` times that of the most likely one, in [0, 1]; 0 is off.
+        temperature_last: `top_p` and `min_p` look at probabilities of temperature 1, and the temperature divides the
+            logits of what they keep.
         repetition_penalty: For tokens of the prompt or the generated text: positive logits are divided by it,
             negative ones multiplied (CTRL, https://arxiv.org/abs/1909.05858); 1 is off.
         frequency_penalty: Subtracted from a logit once per time the token was *generated*; 0 is off.
@@ -42,6 +44,7 @@ class SamplerConfig:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    temperature_last: bool = False
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
@@ -82,6 +85,11 @@ class SamplerConfig:
     def greedy(self) -> bool:
         """True if no draw can change the result: temperature 0, or only the most likely token is kept."""
         return self.temperature == 0 or self.top_k == 1
+
+    @property
+    def cut_temperature(self) -> float:
+        """The temperature of the probabilities that `top_p` and `min_p` look at."""
+        return 1.0 if self.temperature_last and (self.top_p < 1 or self.min_p > 0) else self.temperature
 
     @property
     def uses_counts(self) -> bool:

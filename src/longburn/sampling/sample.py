@@ -6,7 +6,7 @@ The order, fixed for every row:
 2. `repetition_penalty`, over the prompt and the generated tokens.
 3. `frequency_penalty` and `presence_penalty`, over the generated tokens only.
 4. NaN counts as -inf, which is no candidate; +inf counts as the largest finite float32.
-5. Greedy rows take the most likely token here. Other rows divide by `temperature`.
+5. Greedy rows take the most likely token here. Other rows divide by `temperature` (with `temperature_last`, after 8).
 6. `top_k`.
 7. `top_p`, of the probability that top-k left.
 8. `min_p`, relative to the most likely token.
@@ -205,6 +205,7 @@ class _Random:
     top_k: Tensor | None
     top_p: Tensor | None
     min_p: Tensor | None
+    cut_temperature: Tensor | None
 
     @classmethod
     def of(cls, rows: Sequence[int], configs: Sequence[SamplerConfig], width: int, device: Device) -> _Random:
@@ -216,11 +217,14 @@ class _Random:
             _column([config.top_k for config in configs], width, torch.int64, device) if width else None,
             _column([config.top_p for config in configs], 1.0, torch.float64, device),
             _column([config.min_p for config in configs], 0.0, torch.float64, device),
+            None
+            if all(config.cut_temperature == config.temperature for config in configs)
+            else torch.tensor([[config.cut_temperature] for config in configs], dtype=torch.float64, device=device),
         )
 
     def pick(self, logits: Tensor, draw: Tensor | int) -> Tensor:
         settings = (self.stream, self.width, self.temperature, self.top_k, self.top_p, self.min_p)
-        return DRAW(DrawCall(logits, draw, *settings))
+        return DRAW(DrawCall(logits, draw, *settings, self.cut_temperature))
 
 
 def _seedless(configs: Sequence[SamplerConfig]) -> list[SamplerConfig]:

@@ -151,6 +151,7 @@ def _kept(
     logits,
     highs,
     temperature,
+    cut_temperature,
     top_p,
     min_p,
     state,
@@ -167,16 +168,20 @@ def _kept(
 ):
     """The weights that are left in a block."""
     top, t = top_of(highs, row, blocks, COUNT), tl.load(temperature + row)
+    of_cut = t if cut_temperature is None else tl.load(cut_temperature + row)
     at = block * BLOCK + tl.arange(0, BLOCK)
     x = clean(tl.load(logits + row * stride + at, mask=at < size, other=-float("inf")))
-    weight = weigh(x, top, t)
+    weight = weigh(x, top, of_cut)
     if CUT:
         cutoff = _advance(state, sums, top_p, row, blocks, DIGITS, False, False, COUNT, DIGITS)[0]
-        at_cutoff = tl.maximum(weigh(number_of(cutoff), top, t), 1)
+        at_cutoff = tl.maximum(weigh(number_of(cutoff), top, of_cut), 1)
         ties, first = _ties(state, sums, top_p, row, block, blocks, at_cutoff, False, COUNT, DIGITS)
         weight = tl.where(_stays(key_of(x), cutoff, ties, first), weight, 0)
     least = (tl.load(min_p + row) * 4398046511104.0).to(tl.int64)
-    return tl.where(weight >= least, weight, 0)
+    weight = tl.where(weight >= least, weight, 0)
+    if cut_temperature is not None:
+        weight = tl.where(weight > 0, weigh(x, top, t), 0)
+    return weight
 
 
 @triton.jit
@@ -184,6 +189,7 @@ def _sum_kept(
     logits,
     highs,
     temperature,
+    cut_temperature,
     top_p,
     min_p,
     state,
@@ -198,7 +204,7 @@ def _sum_kept(
 ):
     """The mass that is left in each block."""
     block, row, blocks = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
-    settings = (logits, highs, temperature, top_p, min_p, state, sums)
+    settings = (logits, highs, temperature, cut_temperature, top_p, min_p, state, sums)
     kept = _kept(*settings, row, block, blocks, size, stride, CUT, BLOCK, COUNT, DIGITS)
     tl.store(masses + row * blocks + block, tl.sum(kept, 0))
 
@@ -208,6 +214,7 @@ def _pick(
     logits,
     highs,
     temperature,
+    cut_temperature,
     top_p,
     min_p,
     state,
@@ -231,7 +238,7 @@ def _pick(
     total = tl.max(upto, 0)
     target = target_of(streams, draws, row, total)
     block = tl.minimum(tl.sum((upto <= target).to(tl.int32), 0), blocks - 1)
-    settings = (logits, highs, temperature, top_p, min_p, state, sums)
+    settings = (logits, highs, temperature, cut_temperature, top_p, min_p, state, sums)
     kept = _kept(*settings, row, block, blocks, size, stride, CUT, BLOCK, COUNT, DIGITS)
     mass = tl.max(tl.where(at < block, upto, 0), 0) + tl.cumsum(kept, 0)
     index = block * BLOCK + tl.sum((mass <= target).to(tl.int32), 0)
@@ -247,6 +254,7 @@ class Settings(NamedTuple):
     top_k: Tensor  # [b] int64 >= 1, for `draw_ranked`
     top_p: Tensor | None  # [b] fp64 in (0, 1]; None: 1 in every row
     min_p: Tensor  # [b] fp64 in [0, 1]
+    cut_temperature: Tensor | None  # [b] fp64, of the weights that top_p and min_p look at; None: the temperature
 
 
 class Scratch:
@@ -292,12 +300,12 @@ def most_likely_token(logits: Tensor) -> Tensor:
 
 def draw(logits: Tensor, settings: Settings) -> Tensor:
     """Int64 `[b]`, one token of each row of logits `[b, V]`, -1 where none is left. Knows no top-k."""
-    s, (stream, index, temperature, _, top_p, min_p) = Scratch(logits), settings
+    s, (stream, index, temperature, _, top_p, min_p, cut_temperature) = Scratch(logits), settings
     masses = s.integers(s.rows, s.blocks)
     state = sums = masses  # not read without a cut
     if top_p is not None:
-        state, sums = s.cut(logits, temperature, top_p, ranked=False)
-    given = (logits, s.highs, temperature, top_p, min_p, state, sums, masses)
+        state, sums = s.cut(logits, temperature if cut_temperature is None else cut_temperature, top_p, ranked=False)
+    given = (logits, s.highs, temperature, cut_temperature, top_p, min_p, state, sums, masses)
     cut = top_p is not None
     _sum_kept[s.blocks, s.rows](*given, *s.sizes, CUT=cut, **s.constants)
     _pick[(s.rows,)](*given, stream, index, s.tokens, *s.sizes, s.blocks, CUT=cut, **s.constants)

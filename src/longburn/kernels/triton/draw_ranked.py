@@ -78,7 +78,18 @@ def _gather(
 
 @triton.jit
 def _pick_ranked(
-    found, top_k, temperature, top_p, min_p, streams, draws, tokens, width, CUT: tl.constexpr, WIDTH: tl.constexpr
+    found,
+    top_k,
+    temperature,
+    cut_temperature,
+    top_p,
+    min_p,
+    streams,
+    draws,
+    tokens,
+    width,
+    CUT: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     rank = tl.arange(0, WIDTH)
@@ -86,12 +97,15 @@ def _pick_ranked(
     ranked = tl.sort(tl.load(found + row * width + rank, mask=there, other=-1), descending=True)
     x = number_of(tl.where(there, ranked >> 20, 0))
     top = tl.maximum(tl.max(tl.where(rank == 0, x, -float("inf")), 0), -3.4028234663852886e38)
-    weight = tl.where(there, weigh(tl.where(there, x, -float("inf")), top, tl.load(temperature + row)), 0)
+    x, t = tl.where(there, x, -float("inf")), tl.load(temperature + row)
+    weight = tl.where(there, weigh(x, top, t if cut_temperature is None else tl.load(cut_temperature + row)), 0)
     if CUT:
         wanted = share_of(tl.sum(weight, 0), tl.load(top_p + row))
         weight = tl.where(tl.cumsum(weight, 0) - weight < wanted, weight, 0)
     least = (tl.load(min_p + row) * 4398046511104.0).to(tl.int64)
     weight = tl.where(weight >= least, weight, 0)
+    if cut_temperature is not None:
+        weight = tl.where(weight > 0, weigh(x, top, t), 0)
     mass, total = tl.cumsum(weight, 0), tl.sum(weight, 0)
     index = tl.sum((mass <= target_of(streams, draws, row, total)).to(tl.int32), 0)
     token = 1048575 - (tl.max(tl.where(rank == index, ranked, -1), 0) & 1048575)
@@ -100,13 +114,13 @@ def _pick_ranked(
 
 def draw_ranked(logits: Tensor, settings: Settings, width: int) -> Tensor:
     """Int64 `[b]`, one of the `top_k` (at most `width`) most likely tokens of each row, -1 where none has a weight."""
-    s, (stream, index, temperature, top_k, top_p, min_p) = Scratch(logits), settings
+    s, (stream, index, temperature, top_k, top_p, min_p, cut_temperature) = Scratch(logits), settings
     state, sums = s.cut(logits, temperature, top_k, ranked=True)
     counts, found = s.integers(s.rows, s.blocks), s.integers(s.rows, width)
     _count[s.blocks, s.rows](logits, top_k, state, sums, counts, *s.sizes, **s.constants)
     _gather[s.blocks, s.rows](logits, top_k, state, sums, counts, found, *s.sizes, width, **s.constants)
     _pick_ranked[(s.rows,)](
-        *(found, top_k, temperature, top_p, min_p, stream, index, s.tokens, width),
+        *(found, top_k, temperature, cut_temperature, top_p, min_p, stream, index, s.tokens, width),
         CUT=top_p is not None,
         WIDTH=max(triton.next_power_of_2(width), 16),
         num_warps=4,

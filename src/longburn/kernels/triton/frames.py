@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from longburn.kernels.frames import FramesCall
+    from longburn.kernels.frames import AddCall, FramesCall
 
 TILE = 4096  # numbers that a program holds of a frame
 
@@ -46,6 +46,22 @@ def _norm_frames(
     tl.debug_barrier()  # other threads of this program may not have read the old ones yet
     tl.store(past + at, older, mask=inside)
     tl.store(past + frame + at, newer, mask=inside)
+
+
+@triton.jit
+def _add_frames(x, y, bias, size, channels, TILE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = at < size
+    total = tl.load(x + at, mask=inside).to(tl.float32) + tl.load(y + at, mask=inside).to(tl.float32)
+    total += tl.load(bias + at % channels, mask=inside).to(tl.float32)
+    tl.store(x + at, total.to(x.dtype.element_ty), mask=inside)
+
+
+def add_frames(call: "AddCall") -> Tensor:
+    """The Impl `triton` of the operation `add_frames`; all tensors are contiguous."""
+    x, y, bias = call
+    _add_frames[(triton.cdiv(x.numel(), TILE),)](x, y, bias, x.numel(), bias.numel(), TILE=TILE, num_warps=8)
+    return x
 
 
 def norm_frames(call: "FramesCall") -> Tensor:

@@ -82,18 +82,30 @@ class PlannerSampling:
         return self.guidance != 1
 
     def configs(self, songs: int) -> list[SamplerConfig]:
-        """What is left to the library's sampler for each song: temperature and all after it."""
-        stages = self.stages
-        first = self._config(self.seed, stages).resolved().seed
+        """What is left to the library's sampler for each song."""
+        first = self._config(self.seed, self.stages).resolved().seed
         assert first is not None
-        after = stages[stages.index("temperature") :]
-        return [self._config((first + song) % 2**64, after) for song in range(songs)]
+        _, drawing = self.split()
+        return [self._config((first + song) % 2**64, drawing) for song in range(songs)]
+
+    def split(self) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
+        """The stages that come before the library's sampler, and its own: temperature and all after it, or all cuts
+        before it.
+        """
+        stages = self.stages
+        if stages[-1] != "temperature":
+            first = stages.index("temperature")
+        else:
+            cuts = [n for n in range(len(stages)) if stages[n:] in _CUTS]
+            first = min(cuts, default=len(stages) - 1)
+        return stages[:first], stages[first:]
 
     def _config(self, seed: int | None, stages: tuple[Stage, ...]) -> SamplerConfig:
         return SamplerConfig(
             temperature=self.temperature,
             top_k=self.top_k if "top_k" in stages else 0,
             top_p=self.top_p if "top_p" in stages else 1.0,
+            temperature_last="temperature" in stages[1:],
             repetition_penalty=self.repetition_penalty if "repetition" in stages else 1.0,
             seed=seed,
         )
@@ -104,6 +116,11 @@ _LAST: tuple[tuple[str, ...], ...] = (
     ("temperature", "top_k"),
     ("temperature", "top_p"),
     ("temperature", "top_k", "top_p"),
+)
+_CUTS: tuple[tuple[str, ...], ...] = (
+    ("top_k", "temperature"),
+    ("top_p", "temperature"),
+    ("top_k", "top_p", "temperature"),
 )
 
 
@@ -126,8 +143,7 @@ class GuidedSampler(Sampler):
     ) -> None:
         super().__init__(sampling.configs(songs), batch=songs, vocab_size=vocab_size, device=device)
         self.sampling, self.songs, self.rules = sampling, songs, rules
-        stages = sampling.stages
-        self._before = stages[: stages.index("temperature")]
+        self._before, _ = sampling.split()
         self.uses_counts = sampling.repetition_penalty != 1
         self._penalty = torch.tensor([[sampling.repetition_penalty]], device=device)
         self._top_p = torch.tensor([[sampling.top_p]], dtype=torch.float64, device=device)
