@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from longburn.kernels import triton
-from longburn.kernels.frames import OPERATION, FramesCall, norm_frames
+from longburn.kernels.frames import ADD, OPERATION, AddCall, FramesCall, add_frames, norm_frames
 from longburn.kernels.registry import use_impl
 
 
@@ -61,3 +61,26 @@ def test_why_the_kernel_does_not_take_a_call() -> None:
     with use_impl("triton"):
         assert "takes fp32, bf16 or fp16, one type" in str(kernel.why_not(call._replace(past=call.past.half())))
         assert kernel.why_not(call._replace(x=call.x.mT.contiguous().mT)) == "a tensor has gaps"
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_frames_are_added_in_place(impl: str, dtype: torch.dtype) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if impl == "triton" and not (device == "cuda" or triton.interprets()):
+        pytest.skip("needs a GPU or TRITON_INTERPRET=1")
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 2, 3, 7, 65, 40, device=device).to(dtype)
+    bias = torch.randn(40, device=device).to(dtype)
+    wanted = x.double() + y.double() + bias.double()
+    with use_impl(impl):
+        total = add_frames(x, y, bias)
+    tolerance = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 5e-2}[dtype]
+    torch.testing.assert_close(total.double(), wanted, atol=tolerance, rtol=0)
+    assert total.data_ptr() == x.data_ptr()
+    with pytest.raises(ValueError, match=r"add_frames: .* wanted one shape"):
+        add_frames(x, y[:1], bias)
+    (kernel,) = (impl for impl in ADD.impls if impl.name == "triton")
+    with use_impl("triton"):
+        assert "one type for all" in str(kernel.why_not(AddCall(x, y.double(), bias)))
+        assert kernel.why_not(AddCall(x, y.transpose(1, 2), bias)) == "a tensor has gaps"

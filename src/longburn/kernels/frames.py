@@ -22,6 +22,14 @@ class FramesCall(NamedTuple):
     bias: Tensor | None
 
 
+class AddCall(NamedTuple):
+    """x and y `[..., C]`, bias `[C]`; x is written to."""
+
+    x: Tensor
+    y: Tensor
+    bias: Tensor
+
+
 def norm_eps(channels: int) -> float:
     """The epsilon with which an RMSNorm of so many channels divides by the length of the vector, at least 1e-12."""
     return 1e-24 / channels
@@ -57,6 +65,30 @@ def _triton_why_not(call: FramesCall) -> str | None:
     return None if x.shape[-1] <= LARGEST_ROW else f"takes {LARGEST_ROW} channels at most, got {x.shape[-1]}"
 
 
+def _add_reference(call: AddCall) -> Tensor:
+    wide = call.x.to(torch.promote_types(call.x.dtype, torch.float32))
+    return call.x.copy_(wide + call.y + call.bias)
+
+
+@triton.on_its_device
+def _add_triton(call: AddCall) -> Tensor:
+    from longburn.kernels.triton.frames import add_frames
+
+    return add_frames(call)
+
+
+def _add_why_not(call: AddCall) -> str | None:
+    if reason := triton.why_not(*call):
+        return reason
+    if len({tensor.dtype for tensor in call}) > 1 or call.x.dtype not in triton.TYPES:
+        return f"takes fp32, bf16 or fp16, one type for all, got {', '.join(str(tensor.dtype) for tensor in call)}"
+    return None if all(tensor.is_contiguous() for tensor in call) else "a tensor has gaps"
+
+
+ADD: Operation[AddCall, Tensor] = Operation(
+    "add_frames",
+    (Impl("triton", _add_triton, _add_why_not), Impl("reference", _add_reference, lambda call: None)),
+)
 OPERATION: Operation[FramesCall, Tensor] = Operation(
     "norm_frames",
     (Impl("triton", _triton, _triton_why_not), Impl("reference", _reference, lambda call: None)),
@@ -85,3 +117,20 @@ def norm_frames(x: Tensor, weight: Tensor, past: Tensor, *, bias: Tensor | None 
             f"[B, T, H, W, C], [B, {REMEMBERED}, H, W, C] and [C]"
         )
     return OPERATION(FramesCall(x, weight, past, bias))
+
+
+def add_frames(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """`x + y + bias`, in place of x, in one pass.
+
+    Args:
+        x, y: `[..., C]`, of one shape.
+        bias: `[C]`, of the layer that made x.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    if x.shape != y.shape or bias.shape != x.shape[-1:]:
+        raise ValueError(
+            f"add_frames: {tuple(x.shape)}, {tuple(y.shape)} and a bias {tuple(bias.shape)}, wanted one shape"
+        )
+    return ADD(AddCall(x, y, bias))

@@ -164,7 +164,9 @@ def test_off_cuda_a_recorded_decoder_is_the_decoder() -> None:
     torch.manual_seed(0)
     vae = WanVae(WanVaeConfig(base_dim=4, z_dim=2, latents_mean=(0, 0), latents_std=(1, 1)))
     z, memory = torch.randn(1, 2, 3, 2, 3), FrameMemory()
-    assert torch.equal(RecordedDecoder(vae.decoder).decode(z, memory), vae.decode(z))
+    recorded = RecordedDecoder(vae.decoder)
+    recorded.prepare(memory, batch=1, height=2, width=3)
+    assert torch.equal(recorded.decode(z, memory), vae.decode(z))
     assert memory.frames == 3
 
 
@@ -234,7 +236,9 @@ def test_recorded_frames_are_the_same_bits(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     decoder = WanVae(WanVaeConfig(base_dim=16), dtype=dtype).cuda().eval().decoder
     recorded, memory = RecordedDecoder(decoder), FrameMemory()
-    for _ in range(3):
+    for ready in (False, False, True, True):
+        if ready:
+            recorded.prepare(memory, batch=1, height=6, width=10)
         z = torch.randn(1, 16, 5, 6, 10, device="cuda", dtype=dtype)
         wanted = decoder.decode(z, FrameMemory())
         memory.reset()

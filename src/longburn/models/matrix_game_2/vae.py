@@ -221,9 +221,7 @@ class StartLatents:
 
     def frames(self, start: int, stop: int) -> Tensor:
         """Latent frames start to stop (exclusive) of the endless video, `[B, C, stop - start, h, w]`."""
-        last = self.latents.shape[2] - 1
         if not 0 <= start < stop:
             raise ValueError(f"StartLatents.frames: frames {start} to {stop}, wanted 0 <= start < stop")
-        known = self.latents[:, :, min(start, last) : stop]
-        B, C, n, h, w = known.shape
-        return torch.cat([known, self.latents[:, :, last:].expand(B, C, stop - start - n, h, w)], 2)
+        known, last = self.latents[:, :, start:stop], self.latents[:, :, -1:]
+        return torch.cat([known, last.expand(-1, -1, stop - start - known.shape[2], -1, -1)], 2)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longburn.kernels.frames import REMEMBERED, norm_eps, norm_frames
+from longburn.kernels.frames import REMEMBERED, add_frames, norm_eps, norm_frames
 from longburn.kernels.norm import rms_norm
 from longburn.models.matrix_game_2.vae_memory import Pass
 
@@ -26,8 +26,8 @@ class CausalConv(nn.Module):
         """`[B, 2 + T, H, W, C]`, remembered frames first, to `[B, T, H, W, out]`; without bias, it is the caller's to
         add.
         """
-        weight, input = self.weight.permute(0, 4, 1, 2, 3), x.permute(0, 4, 1, 2, 3)
-        y = F.conv3d(input, weight, self.bias if bias else None, padding=(0, 1, 1))
+        weight, frames = self.weight.permute(0, 4, 1, 2, 3), x.permute(0, 4, 1, 2, 3)
+        y = F.conv3d(frames, weight, self.bias if bias else None, padding=(0, 1, 1))
         return y.permute(0, 2, 3, 4, 1).contiguous()
 
 
@@ -47,6 +47,21 @@ class PictureConv(nn.Module):
         weight, pictures = self.weight.permute(0, 3, 1, 2), x.flatten(0, 1).permute(0, 3, 1, 2)
         y = F.conv2d(pictures, weight, self.bias, self.stride, self.padding).permute(0, 2, 3, 1)
         return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+class TimeConv(nn.Module):
+    """A convolution over three frames of each pixel, at every `stride`-th of them."""
+
+    def __init__(self, channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, 3, 1, 1, channels) * (3 * channels) ** -0.5)
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.stride = (stride, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, 2 + T, H, W, C]` to `[B, ceil(T / stride), H, W, out]`."""
+        weight, frames = self.weight.permute(0, 4, 1, 2, 3), x.permute(0, 4, 1, 2, 3)
+        return F.conv3d(frames, weight, self.bias, self.stride).permute(0, 2, 3, 4, 1).contiguous()
 
 
 class Norm(nn.Module):
@@ -77,8 +92,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, step: Pass) -> Tensor:
         """`[B, T, H, W, C]` to `[B, T, H, W, out]`."""
         inner = self.conv1.forward(self.norm1.activated(x, step), bias=False)
-        inner = self.conv2.forward(self.norm2.activated(inner, step, self.conv1.bias))
-        return inner.add_(self.shortcut(x))
+        inner = self.conv2.forward(self.norm2.activated(inner, step, self.conv1.bias), bias=False)
+        return add_frames(inner, self.shortcut(x), self.conv2.bias)
 
 
 class FrameAttention(nn.Module):
@@ -102,7 +117,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, time: bool) -> None:
         super().__init__()
-        self.time = nn.Linear(3 * channels, 2 * channels) if time else None
+        self.time = TimeConv(channels, 2 * channels) if time else None
         self.conv = PictureConv(channels, channels // 2)
 
     def forward(self, x: Tensor, step: Pass) -> Tensor:
@@ -111,7 +126,7 @@ class Upsample(nn.Module):
             if step.first:
                 step.take(x, REMEMBERED)  # the first frame goes by: the second one sees zeros before it
             else:
-                x = interleaved(self.time.forward(_in_threes(step.extend(x, REMEMBERED), 1)), 2)
+                x = interleaved(self.time.forward(step.extend(x, REMEMBERED)), 2)
         return self.conv.forward(twice_as_large(x))
 
 
@@ -121,7 +136,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, time: bool) -> None:
         super().__init__()
         self.conv = PictureConv(channels, channels, stride=2, padding=0)
-        self.time = nn.Linear(3 * channels, channels) if time else None
+        self.time = TimeConv(channels, channels, stride=2) if time else None
 
     def forward(self, x: Tensor, step: Pass) -> Tensor:
         """`[B, T, H, W, C]`, T even but for the first frame, to `[B, T or T / 2, H / 2, W / 2, C]`."""
@@ -129,7 +144,7 @@ class Downsample(nn.Module):
         if self.time is None:
             return x
         y = step.extend(x, 1)
-        return x if step.first else self.time.forward(_in_threes(y, 2))
+        return x if step.first else self.time.forward(y)
 
 
 def twice_as_large(x: Tensor) -> Tensor:
@@ -142,9 +157,3 @@ def interleaved(x: Tensor, frames: int) -> Tensor:
     """`[B, T, H, W, frames * C]` to `[B, T * frames, H, W, C]`: frames that lie side by side, one after the other."""
     B, T, H, W, C = x.shape
     return x.view(B, T, H, W, frames, C // frames).movedim(-2, 2).flatten(1, 2)
-
-
-def _in_threes(x: Tensor, stride: int) -> Tensor:
-    """Every `stride`-th run of three frames of `[B, T, H, W, C]`, side by side in the channels `[.., 3 C]`."""
-    last = x.shape[1] - 2
-    return torch.cat([x[:, k : k + last : stride] for k in range(3)], -1)

@@ -35,21 +35,7 @@ class Ones:
         return tensor.reshape(*tensor.shape, *(1,) * self.count)
 
 
-@dataclass(frozen=True)
-class ThreeFrames:
-    """Theirs is a convolution over three frames, `[out, in, 3, 1, 1]`, ours a matrix `[out, 3 in]`."""
-
-    def to_ours(self, tensor: Tensor) -> Tensor:
-        if tensor.dim() != 5 or tensor.shape[2:] != (3, 1, 1):
-            raise ValueError(f"{list(tensor.shape)} is not a convolution over three frames")
-        return tensor.flatten(2).transpose(1, 2).flatten(1)
-
-    def to_theirs(self, tensor: Tensor) -> Tensor:
-        out, wide = tensor.shape
-        return tensor.reshape(out, 3, wide // 3).transpose(1, 2)[..., None, None]
-
-
-_CONVOLUTION, _OVER_CHANNELS, _IN_PICTURES, _OVER_TIME = ChannelsLast(), Ones(3), Ones(2), ThreeFrames()
+_CONVOLUTION, _OVER_CHANNELS, _IN_PICTURES = ChannelsLast(), Ones(3), Ones(2)
 
 
 def wan_vae_rules(config: WanVaeConfig, *, save_as: str = "diffusers") -> tuple[Rule, ...]:
@@ -98,7 +84,7 @@ def _attention(theirs: str, ours: str) -> list[Rule]:
 
 def _resample(theirs: str, ours: str, time: bool) -> list[Rule]:
     rules = _of(f"{theirs}.resample.1", f"{ours}.conv", _CONVOLUTION)
-    return rules + (_of(f"{theirs}.time_conv", f"{ours}.time", _OVER_TIME) if time else [])
+    return rules + (_of(f"{theirs}.time_conv", f"{ours}.time", _CONVOLUTION) if time else [])
 
 
 _DIFFUSERS = ("norm1", "conv1", "norm2", "conv2", "conv_shortcut")

@@ -32,6 +32,20 @@ class RecordedDecoder:
         self._seen: WeakKeyDictionary[FrameMemory, set[bool]] = WeakKeyDictionary()
         self._recordings: WeakKeyDictionary[FrameMemory, dict[bool, _Recording]] = WeakKeyDictionary()
 
+    def prepare(self, memory: FrameMemory, *, batch: int, height: int, width: int) -> None:
+        """Do at once what the first frames would wait for, and leave the memory as a new stream finds it.
+
+        Args:
+            memory: of streams to come.
+            batch, height, width: of their latents.
+        """
+        like = self.decoder.like
+        latents = like.new_zeros(batch, self.decoder.latent_channels, 3, height, width)
+        for frames in (3, 1):
+            memory.reset()
+            self.decode(latents[:, :, :frames], memory)
+        memory.reset()
+
     def decode(self, latents: Tensor, memory: FrameMemory) -> Tensor:
         """As `StreamedDecoder.decode`."""
         if not latents.is_cuda:
