@@ -190,8 +190,11 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         (torch.zeros(1, 2, 2, 3), r"\[1, 2, 2, 3\], wanted \[B, 2, F, h, w\]"),
         (torch.zeros(1, 3, 1, 2, 3), r"wanted \[B, 2, F, h, w\]"),
         (torch.zeros(1, 2, 0, 2, 3), r"wanted \[B, 2, F, h, w\]"),
-        (torch.zeros(1, 2, 1, 3, 3), r"\[1, 2, 3, 3\].* stream's are \[1, 2, 2, 3\]"),
-        (torch.zeros(2, 2, 1, 2, 3), "use a FrameMemory for each size and batch"),
+        (
+            torch.zeros(1, 2, 1, 3, 3),
+            r"frames \[1, 2, 3, 3\].*, but this FrameMemory is of WanDecoder\.decode with frames \[1, 2, 2, 3\]",
+        ),
+        (torch.zeros(2, 2, 1, 2, 3), "use one for each size, batch and direction"),
         (torch.zeros(1, 2, 1, 2, 3, dtype=torch.float64), "float64 on cpu, the decoder is torch.float32"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -199,7 +202,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     for shape, message in (
         ((1, 3, 4, 16, 23), "16 x 23, wanted multiples of 8"),
         ((1, 3, 5, 16, 24), "5 pictures after 1 latent frames, wanted a multiple of 4"),
-        ((1, 3, 4, 24, 24), "stream's are"),
+        ((1, 3, 4, 24, 24), r"is of WanVae\.encode with frames \[1, 3, 16, 24\]"),
         ((1, 4, 4, 16, 24), r"wanted \[B, 3, n, H, W\]"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -210,6 +213,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         vae.encode_start(torch.zeros(1, 3, 1, 16, 24))
     with pytest.raises(ValueError, match="wanted 0 <= start < stop"):
         vae.encode_start(torch.zeros(1, 3, 8, 8)).frames(3, 3)
+    with pytest.raises(ValueError, match=r"WanVae\.encode: .* is of WanDecoder\.decode"):
+        vae.encode(torch.zeros(1, 3, 4, 16, 24), memory)
     assert all(torch.equal(a, b) for a, b in zip(kept, memory.tensors, strict=True))
     assert torch.equal(vae.decode(z[:, :, 1:], memory), vae.decode(z)[:, :, 1:])
 

@@ -156,7 +156,7 @@ class WanVae(nn.Module):
         factor, pace, like = self.config.space_factor, self.config.time_factor, self.decoder.like
         if pictures.dim() != 5 or pictures.shape[1] != 3 or 0 in pictures.shape:
             raise ValueError(f"WanVae.encode: the pictures are {list(pictures.shape)}, wanted [B, 3, n, H, W]")
-        B, _, n, H, W = pictures.shape
+        n, H, W = pictures.shape[2:]
         if H % factor or W % factor:
             raise ValueError(f"WanVae.encode: pictures of {H} x {W}, wanted multiples of {factor}; crop or resize them")
         if (n - (memory.frames == 0)) % pace:
@@ -167,7 +167,7 @@ class WanVae(nn.Module):
                 f"WanVae.encode: the pictures are {pictures.dtype} on {pictures.device}, the VAE is {like.dtype} on "
                 f"{like.device}; move one to the other"
             )
-        memory.fit("WanVae.encode", (B, 3, H, W))
+        memory.fit("WanVae.encode", pictures[:, :, 0])
 
     def encode_start(self, image: Tensor) -> "StartLatents":
         """The latents of a video that is this picture `[B, 3, H, W]` and then mid-grey for ever.

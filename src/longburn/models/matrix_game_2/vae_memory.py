@@ -20,7 +20,7 @@ class FrameMemory:
     def __init__(self) -> None:
         self.frames = 0
         self.tensors: list[Tensor] = []
-        self.shape: tuple[int, ...] | None = None  # of a frame that fits
+        self._of: tuple[str, str] | None = None  # who uses it, and for what frames
 
     def reset(self) -> None:
         """Begin again, for streams of the same size, in the same memory."""
@@ -33,18 +33,20 @@ class FrameMemory:
         """Bytes that are kept."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    def fit(self, operation: str, shape: tuple[int, ...]) -> None:
-        """See that a frame of this shape belongs to the streams; the first one decides.
+    def fit(self, operation: str, frame: Tensor) -> None:
+        """See that a frame `[B, C, height, width]` belongs to the streams; the first one decides.
 
         Raises:
-            ValueError: it is of another shape.
+            ValueError: it is for something else, or of another shape, type or device.
         """
-        if self.shape is not None and shape != self.shape:
+        came = f"frames {list(frame.shape)} (rows, channels, height, width), {frame.dtype} on {frame.device}"
+        if self._of not in (None, (operation, came)):
+            of, had = self._of or ("", "")
             raise ValueError(
-                f"{operation}: a frame is {list(shape)} (rows, channels, height, width), the stream's are "
-                f"{list(self.shape)}; use a FrameMemory for each size and batch"
+                f"{operation}: {came}, but this FrameMemory is of {of} with {had}; use one for each size, batch and "
+                "direction"
             )
-        self.shape = shape
+        self._of = (operation, came)
 
     def open(self) -> "Pass":
         """One pass over the next frames; whoever made it counts them afterwards."""
@@ -137,8 +139,7 @@ class StreamedDecoder(nn.Module):
                 f"{name}.decode: the latents are {latents.dtype} on {latents.device}, the decoder is {like.dtype} on "
                 f"{like.device}; move one to the other"
             )
-        B, C, _, h, w = latents.shape
-        memory.fit(f"{name}.decode", (B, C, h, w))
+        memory.fit(f"{name}.decode", latents[:, :, 0])
 
 
 def to_uint8(pictures: Tensor) -> Tensor:
