@@ -3,6 +3,7 @@
 A causal diffusion transformer makes blocks of three latent frames, twelve pictures, over rings of what it remembers.
 """
 
+from longburn.models.matrix_game_2.checkpoint import load_matrix_game_2
 from longburn.models.matrix_game_2.config import ActionConfig, MatrixGame2Config
 from longburn.models.matrix_game_2.dit import MatrixGame2, Modulation, Prepared
 from longburn.models.matrix_game_2.frames import Caches, FrameWindow, Place, place_of
@@ -19,5 +20,6 @@ __all__ = [
     "Prepared",
     "Rollout",
     "RolloutSettings",
+    "load_matrix_game_2",
     "place_of",
 ]

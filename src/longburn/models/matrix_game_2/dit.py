@@ -163,9 +163,13 @@ class MatrixGame2(nn.Module):
     def remember(self, x: Tensor, modulation: Modulation, prepared: Prepared, caches: Caches) -> None:
         """Leave what later blocks see of clean latents x in the caches: the pass at timestep 0.
 
-        What comes after the last layer's keys and values would be seen by nobody, and is not computed.
+        What comes after the last layer's keys and values would be seen by nobody, and is not computed. (In a layer
+        that hears the mouse there are others after them, so such a last layer is.)
         """
         last = len(self.layers) - 1
+        if caches.mouse and last in self.config.action_config.blocks:
+            self._through(x, modulation, prepared, caches, last + 1)
+            return
         h, due = self._through(x, modulation, prepared, caches, last)
         rings = self._rings(caches, last)
         self._layers[last].remember(h, due, modulation.layers[:, :, last], prepared.place, rings)

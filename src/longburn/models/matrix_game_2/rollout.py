@@ -6,7 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longburn.models.matrix_game_2.config import BLOCK_FRAMES, LATENT_SIZE, MASK_CHANNELS, PATCH, STEPS
+from longburn.models.matrix_game_2.config import (
+    BLOCK_FRAMES,
+    CLIP_SIZE,
+    CLIP_TOKENS,
+    LATENT_SIZE,
+    MASK_CHANNELS,
+    PATCH,
+    STEPS,
+)
 from longburn.models.matrix_game_2.dit import MatrixGame2
 from longburn.models.matrix_game_2.frames import Caches, FrameWindow, place_of
 from longburn.models.matrix_game_2.passes import Passes
@@ -81,8 +89,8 @@ class Rollout:
     ) -> None:
         self.model, self.settings = model, settings or RolloutSettings()
         config, chosen, device = model.config, self.settings, model.device
-        batch = len(seeds)
-        self._check(clip, start, batch)
+        batch = self.batch = len(seeds)
+        self._check(clip, start)
         window = FrameWindow(
             config.local_attn_size if chosen.window is None else chosen.window,
             config.sink_size if chosen.sink_frames is None else chosen.sink_frames,
@@ -92,7 +100,7 @@ class Rollout:
         levels = noise_levels(chosen.steps or STEPS.get(config.mode, STEPS["universal"]), shift=chosen.shift)
         H, W = chosen.latent_size
         tokens = (H // PATCH) * (W // PATCH)
-        self.window, self.batch = window, batch
+        self.window = window
         with torch.no_grad():
             self.caches = Caches(config, window, batch, tokens, dtype=model.dtype, device=device, packed=chosen.packed)
             self._passes = Passes(model, self.caches, model.look(clip.to(device)), (H, W), levels, record=chosen.record)
@@ -167,7 +175,7 @@ class Rollout:
         Raises:
             ValueError: shapes that disagree. Nothing has changed then.
         """
-        self._check(clip, self._start if start is None else start, self.batch)
+        self._check(clip, start)
         device, dtype = self.model.device, self.model.dtype
         self._passes.look(self.model.look(clip.to(device)))
         if start is not None:
@@ -183,16 +191,26 @@ class Rollout:
             self._read_again(group)
 
     @torch.no_grad()
-    def reset(self, seeds: Sequence[int | None]) -> None:
-        """Begin again with the same images and other seeds, in the same memory.
+    def reset(self, seeds: Sequence[int | None], clip: Tensor | None = None, start: Tensor | None = None) -> None:
+        """Begin again, in the same memory.
+
+        Args:
+            seeds: one a stream.
+            clip, start: of other images; None: those of the last time.
 
         Raises:
-            ValueError: not one seed a stream.
+            ValueError: not one seed a stream, or shapes that disagree. Nothing has changed then.
         """
         if len(seeds) != self.batch:
             raise ValueError(f"Rollout.reset: {len(seeds)} seeds, wanted one for each of {self.batch} streams")
-        passes = self._passes
-        self._noise = BlockNoise(tuple(passes.x.shape), len(passes.fresh), seeds, self.model.device)
+        passes, device = self._passes, self.model.device
+        self._check(clip, start)
+        noise = BlockNoise(tuple(passes.x.shape), len(passes.fresh), seeds, device)
+        if clip is not None:
+            passes.look(self.model.look(clip.to(device)))
+        if start is not None:
+            self._start = start.to(device, self.model.dtype)
+        self._noise = noise
         self.caches.reset()
         self._signals.reset()
         self._made.clear()
@@ -239,17 +257,25 @@ class Rollout:
         )
         model.remember(torch.stack([frame.latent for frame in made], 2), passes.clean, prepared, self.caches)
 
-    def _check(self, clip: Tensor, start: Tensor, batch: int) -> None:
-        channels, (H, W) = self.model.config.out_dim, self.settings.latent_size
+    def _check(self, clip: Tensor | None, start: Tensor | None) -> None:
+        batch, channels, (H, W) = self.batch, self.model.config.out_dim, self.settings.latent_size
         if H % PATCH or W % PATCH or min(H, W) < PATCH:
             raise ValueError(f"Rollout: latent_size is {(H, W)}, wanted even numbers (pictures are 8 times as large)")
-        if start.dim() != 5 or start.shape[:2] != (batch, channels) or start.shape[3:] != (H, W) or not start.shape[2]:
+        tokens = self._passes.image[0].k.shape[2] if hasattr(self, "_passes") else None
+        if clip is not None and (
+            clip.dim() != 3
+            or (clip.shape[0], clip.shape[2]) != (batch, CLIP_SIZE)
+            or clip.shape[1] != (tokens or clip.shape[1])
+        ):
+            wanted = f"[{batch}, {tokens or CLIP_TOKENS}, {CLIP_SIZE}]"
+            raise ValueError(f"Rollout: clip is {tuple(clip.shape)}, wanted {wanted}, one row a seed")
+        if start is None:
+            return
+        if start.dim() != 5 or not start.shape[2] or start.select(2, 0).shape != (batch, channels, H, W):
             raise ValueError(
                 f"Rollout: start is {tuple(start.shape)}, wanted [{batch}, {channels}, frames, {H}, {W}]: latents of "
                 f"{8 * H} x {8 * W} pictures, one row a seed"
             )
-        if clip.dim() != 3 or clip.shape[0] != batch:
-            raise ValueError(f"Rollout: clip is {tuple(clip.shape)}, wanted [{batch}, 257, 1280], one row a seed")
 
 
 def _by_blocks(frames: Sequence[int]) -> list[list[int]]:
