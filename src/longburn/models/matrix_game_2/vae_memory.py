@@ -40,13 +40,12 @@ class FrameMemory:
             ValueError: it is for something else, or of another shape, type or device.
         """
         came = f"frames {list(frame.shape)} (rows, channels, height, width), {frame.dtype} on {frame.device}"
-        if self._of not in (None, (operation, came)):
-            of, had = self._of or ("", "")
+        of, had = self._of = self._of or (operation, came)
+        if (of, had) != (operation, came):
             raise ValueError(
                 f"{operation}: {came}, but this FrameMemory is of {of} with {had}; use one for each size, batch and "
                 "direction"
             )
-        self._of = (operation, came)
 
     def open(self) -> "Pass":
         """One pass over the next frames; whoever made it counts them afterwards."""
