@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from longburn.cli import bias_view, chat, convert, doctor, generate, inspect, models, music, plan
+from longburn.cli import bias_view, chat, convert, doctor, generate, inspect, models, music, plan, play
 from longburn.cli.options import Debug, Session
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -25,6 +25,7 @@ app.command("convert")(convert.convert)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("music")(music.music)
+app.command("play")(play.play)
 app.command("bias-view")(bias_view.bias_view)
 app.add_typer(models.app, name="models")
 

@@ -2,8 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,6 +13,7 @@ from longburn.cli.display import note, progress
 from longburn.cli.generate import read_text
 from longburn.cli.options import MACHINE, MODEL, Debug, takes, torch_device
 from longburn.cli.stream import interruptible
+from longburn.cli.usage import wrong_usage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +125,7 @@ class MusicOptions:
         seconds = self.duration
         if seconds is None and self.model is None and self.task is None:
             seconds = SMALL_SECONDS
-        with _wrong_usage():
+        with wrong_usage():
             request = SongRequest(
                 self.caption,
                 bpm=self.bpm,
@@ -155,7 +155,7 @@ class MusicOptions:
 
         given = {"steps": self.steps, "guidance_scale": self.guidance, "shift": self.shift}
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        with _wrong_usage():
+        with wrong_usage():
             if not isinstance(maker.settings, Turbo):
                 return replace(Base(), **chosen)
             if wrong := [name for name in ("steps", "guidance") if getattr(self, name) is not None]:
@@ -305,12 +305,3 @@ def _make(
         )
     clock.lap("audio")
     return written, plan
-
-
-@contextmanager
-def _wrong_usage() -> Iterator[None]:
-    """A value that the library refuses is wrong usage."""
-    try:
-        yield
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error

@@ -1,0 +1,79 @@
+"""A release's directory, from its files to a world that gymnasium knows."""
+
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from tiny_release import write_release
+
+from longburn.interact import PlayableWorld, WorldModelEnv
+from longburn.models.matrix_game_2 import RolloutSettings
+from longburn.models.matrix_game_2.release import find_parts, load_world
+from longburn.weights import CheckpointError
+
+SMALL = RolloutSettings(latent_size=(4, 6), steps=(1000, 500))
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_release(tmp_path_factory.mktemp("release"), "universal", "templerun")
+
+
+@pytest.mark.parametrize("mode", ["universal", "templerun"])
+def test_it_is_an_environment(release: Path, mode: str) -> None:
+    parts: list[str] = []
+    world = load_world(
+        release,
+        mode=mode,
+        image=release / "start.png",
+        settings=SMALL,
+        progress=lambda part, done, total: parts.append(part),
+    )
+    assert set(parts) == {"image tower", "VAE", "transformer"}
+    assert isinstance(world, PlayableWorld)
+    env = WorldModelEnv(world, horizon=9)
+    env.spec = gymnasium.envs.registration.EnvSpec("Matrix-v0", entry_point=lambda **_: env, disable_env_checker=True)
+    check_env(env, skip_render_check=True)
+    observation, info = env.reset(seed=1)
+    assert observation.shape == (32, 48, 3)
+    assert info["frames"].shape == (1, 32, 48, 3)
+    shown = [env.step(world.action_of(["w"]))[4]["frames"] for _ in range(3)]
+    assert [len(frames) for frames in shown] == [9, 12, 12]
+
+
+def test_seeds_and_keys_decide(release: Path) -> None:
+    world = load_world(release, image=release / "start.png", settings=SMALL)
+
+    def play(seed: int, *keys: str) -> np.ndarray:
+        world.reset(seed=seed)
+        return np.concatenate([world.step(world.action_of([key])).frames for key in keys])
+
+    first = play(0, "w", "left")
+    np.testing.assert_array_equal(play(0, "w", "left"), first)
+    assert (play(1, "w", "left") != first).any()
+    assert (play(0, "s", "left")[:9] != first[:9]).any()
+
+
+def test_what_is_missing_is_named_all_at_once(release: Path, tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    with pytest.raises(CheckpointError, match=r"no gta_distilled_model; no models_clip.*pth or .* or image_encoder"):
+        find_parts(tmp_path, mode="gta_drive")
+    with pytest.raises(CheckpointError, match=r"no taew2_1\.pth or taew2_1\.safetensors"):
+        find_parts(release, tiny=True)
+    with pytest.raises(CheckpointError, match="no such directory"):
+        find_parts(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="mode is 'chess', wanted one of universal"):
+        find_parts(release, mode="chess")
+    (tmp_path / "start.txt").write_text("no picture")
+    with pytest.raises(ValueError, match=r"start\.txt cannot be read as a picture"):
+        load_world(release, image=tmp_path / "start.txt", settings=SMALL)
+
+
+def test_a_folder_with_another_model_is_refused(release: Path, tmp_path: Path) -> None:
+    for name in ("vae", "image_encoder"):
+        (tmp_path / name).symlink_to(release / name)
+    (tmp_path / "base_distilled_model").symlink_to(release / "templerun_distilled_model")
+    with pytest.raises(CheckpointError, match="holds templerun weights, wanted universal"):
+        load_world(tmp_path, settings=SMALL)
