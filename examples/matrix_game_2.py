@@ -1,0 +1,107 @@
+"""Matrix-Game 2: a world that is made while one walks through it.
+
+    python examples/matrix_game_2.py                        # the small room: a scripted walk, and its figures
+    python examples/matrix_game_2.py --play                 # with the keys of the terminal
+    python examples/matrix_game_2.py --agent --window 5     # the shipped policy, with kept first steps and without
+    python examples/matrix_game_2.py --checkpoint ./Matrix-Game-2.0 --image start.png --keys "w*8,left*4" -o walk.mp4
+
+Attention streams over a sliding window in which the first frames are kept (sink tokens). A world model is an
+environment of gymnasium's API, and an agent plays any such environment by one loop.
+"""
+
+import statistics
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from longburn.cli.display import progress
+from longburn.cli.main import execute
+from longburn.cli.play_video import VideoWriter
+from longburn.interact import PlayableWorld, WorldModelEnv, evaluate
+from longburn.models.matrix_game_2 import RolloutSettings
+from longburn.models.matrix_game_2.release import load_world
+from longburn.models.minigrid import RoomWorld, load_policy, load_room, memory_agent, memory_task, window
+from longburn.sampling import SamplerConfig
+
+WALK = "up*2,right,up*3,space,left,up*2"
+
+
+def walk(world: PlayableWorld, keys: list[str], seed: int, path: Path | None) -> None:
+    """Press keys in a world, one a step; say what it took, and write what was seen."""
+    env = WorldModelEnv(world)
+    _, info = env.reset(seed=seed)
+    frames, seconds = [info["frames"]], []
+    with progress("steps") as show:
+        for done, key in enumerate(keys, 1):
+            _, reward, ended, _, info = env.step(world.action_of([key]))
+            frames.append(info["frames"])
+            seconds.append(info["latency"].seconds)
+            show(done, len(keys))
+            if ended:
+                print(f"seed {seed}: the end after {done} steps, reward {reward:.2f}")
+                break
+    count = sum(map(len, frames))
+    print(f"seed {seed}: {len(seconds)} steps, {count} frames; {1000 * statistics.median(seconds):.1f} ms a step")
+    if path is not None:
+        with VideoWriter(path, world.frame_size, world.fps) as video, progress(str(path)) as show:
+            for done, some in enumerate(frames, 1):
+                video.add(some)
+                show(done, len(frames))
+        print(f"{path}: {count} frames at {world.fps:g} a second")
+
+
+def compare(size: int, episodes: int, seed: int) -> None:
+    """The shipped policy at MiniGrid's memory task: what its window holds decides what it can remember."""
+    for name, seen in (("kept first steps", window(size, sinks=True)), ("window alone", window(size, sinks=False))):
+        agent = memory_agent(load_policy(window=seen))
+        env = memory_task(17, gate=60)
+        played = evaluate(agent, env, episodes=episodes, seed=seed, sampler=SamplerConfig(temperature=0))
+        solved = sum(episode.reward > 0 for episode in played)
+        print(f"{name}, {size} steps in view: {solved} of {episodes} episodes solved")
+
+
+def main(
+    checkpoint: Annotated[Path | None, typer.Option(help="A Matrix-Game 2 release; none: the small room.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The picture that the video begins with.")] = None,
+    mode: Annotated[str, typer.Option(help="universal, gta_drive or templerun.")] = "universal",
+    keys: Annotated[str, typer.Option(help='One a step, such as "w*8,left,-".')] = WALK,
+    interactive: Annotated[bool, typer.Option("--play", help="With the keys of the terminal: longburn play.")] = False,
+    agent: Annotated[bool, typer.Option("--agent", help="Let the shipped policy play its task.")] = False,
+    episodes: Annotated[int, typer.Option(min=1, help="Of the agent, for each window.")] = 20,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="One walk a seed. Default: 0.")] = None,
+    window_size: Annotated[int | None, typer.Option("--window", min=1, help="Frames that are seen.")] = None,
+    sink_frames: Annotated[int | None, typer.Option(min=0, help="First frames that stay visible for ever.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Matrix-Game 2's steps, such as 1000,666,333.")] = None,
+    device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="GIF or MP4, one a seed.")] = None,
+) -> None:
+    """Walk through a world by keys, or let an agent play."""
+    seeds = seed or [0]
+    if agent:
+        return compare(window_size or 5, episodes, seeds[0])
+    if interactive:
+        given = {"--model": checkpoint, "--image": image, "--window": window_size, "--sink-frames": sink_frames}
+        given |= {"--mode": mode if checkpoint else None, "--sampler": sampler, "--output": output, "--seed": seeds[0]}
+        chosen = [str(part) for option in given.items() if option[1] is not None for part in option]
+        raise typer.Exit(execute(["play", *chosen]))
+    world: PlayableWorld
+    if checkpoint is None:
+        sizes = {"window": window_size, "sinks": sink_frames}
+        world = RoomWorld(load_room(**{name: size for name, size in sizes.items() if size is not None}))
+    else:
+        steps = None if sampler is None else tuple(map(int, sampler.split(",")))
+        settings = RolloutSettings(window=window_size, sink_frames=sink_frames, steps=steps)
+        world = load_world(checkpoint, mode=mode, image=image, settings=settings, device=device)
+    pressed = [
+        key for piece in keys.split(",") for key in [piece.partition("*")[0]] * int(piece.partition("*")[2] or 1)
+    ]
+    for number in seeds:
+        several = output is not None and len(seeds) > 1
+        walk(world, pressed, number, output.with_stem(f"{output.stem}-{number}") if output and several else output)
+    return None
+
+
+if __name__ == "__main__":
+    typer.run(main)
