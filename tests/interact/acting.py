@@ -74,8 +74,7 @@ def tiny_agent(observations: spaces.Space, actions: spaces.Space, window: AttnWi
 class Ledger(gymnasium.Env):
     """Writes down all that is asked of it. Observation: a hash of its seed, episode and all actions of the episode.
 
-    With seed s, episode number n ends after `2 + (s + n) % cycle` steps; episodes are by turns terminated and truncated.
-    The reward is the number of the step.
+    With seed s, episode number n ends after `2 + (s + n) % cycle` steps, by turns terminated and truncated. The reward is the number of the step.
     """
 
     def __init__(self, actions: spaces.Space | None = None, *, cycle: int = 3, never: bool = False) -> None:
