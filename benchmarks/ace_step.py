@@ -1,4 +1,5 @@
-"""ACE-Step 1.5 on one GPU beside diffusers and transformers: the transformer by length, and the 5 Hz language model.
+"""ACE-Step 1.5 on one GPU beside diffusers and transformers: the transformer by length, a whole piece of ten minutes,
+and the 5 Hz language model.
 
 Weights are random at the released sizes. Our transformer has diffusers' weights, and its velocity is held to diffusers'
 own in fp32 in the same run: in bf16 it may be at most half as far again from it as diffusers' bf16 is. `--small` tries
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from gpu_timing import distance
 from longburn.diffusion import draw_noise, seeded
+from longburn.models.ace_step.codecs import Oobleck, OobleckConfig
 from longburn.models.ace_step.planner import Planner, SongPlan, SongRequest
 from longburn.models.ace_step.v15 import AceStep15Config, AceStepDiT, diffusers_rules
 from longburn.models.ace_step.v15.sampling import Turbo, sample
@@ -36,6 +38,7 @@ SECONDS = (60, 240, 600)
 STEPS, RATE, CONDITIONS = 8, 25, 512
 RUNS = 5
 WORSE = 1.5
+SMALL_CODEC = OobleckConfig(encoder_hidden_size=16, decoder_channels=8, channel_multiples=(1, 1, 2, 2, 2))
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 LM = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
 PROMPT, CODES_MADE = 512, 500
@@ -109,7 +112,7 @@ def dit(config: AceStep15Config, seconds: tuple[int, ...], device: str) -> list[
         noise = draw_noise((1, frames, channels), seeded([1])).to(device)
         context = context_latents(torch.randn(1, frames, channels, device=device, dtype=torch.bfloat16))
 
-        def piece(noise: Tensor = noise, context: Tensor = context) -> Tensor:
+        def ours_of(noise: Tensor = noise, context: Tensor = context) -> Tensor:
             return sample(DiTVelocity(ours, context, hidden, passes=passes), noise, Turbo())
 
         def pipeline(noise: Tensor = noise, context: Tensor = context) -> Tensor:
@@ -137,14 +140,40 @@ def dit(config: AceStep15Config, seconds: tuple[int, ...], device: str) -> list[
         records.append(
             {
                 "case": f"{length} s of audio",
-                "longburn": timed(piece, device),
+                "longburn": timed(ours_of, device),
                 "diffusers": timed(pipeline, device, 3),
                 "flops": flops,
                 "bytes": STEPS * 2 * parameters,
-                "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
             }
         )
     return records
+
+
+@torch.no_grad()
+def piece(config: AceStep15Config, codec: OobleckConfig, seconds: int, device: str) -> dict[str, Any]:
+    """A whole piece, from noise to samples on the host, with transformer and codec in bf16: what it takes of memory."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with torch.device(device):
+        dit, decoder = AceStepDiT(config, dtype=torch.bfloat16).eval(), Oobleck(codec, dtype=torch.bfloat16).eval()
+        hidden = torch.randn(1, CONDITIONS, config.encoder_hidden_size, dtype=torch.bfloat16)
+    channels, frames = config.audio_acoustic_hidden_dim, seconds * RATE
+    noise = draw_noise((1, frames, channels), seeded([1])).to(device)
+    context = context_latents(torch.zeros(1, frames, channels, device=device, dtype=torch.bfloat16))
+    passes, took = recorded_passes(dit), [0.0, 0.0]
+    for _ in range(2):  # the first one compiles and records
+        wait(device)
+        began = time.perf_counter()
+        latents = sample(DiTVelocity(dit, context, hidden, passes=passes), noise, Turbo())
+        wait(device)
+        between = time.perf_counter()
+        samples = sum(part.float().cpu().shape[-1] for part in decoder.decode_stream(latents.mT.bfloat16()))
+        took = [between - began, time.perf_counter() - between]
+    if samples != seconds * codec.sampling_rate:
+        raise RuntimeError(f"ace_step: {samples} samples for {seconds} s")
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    return {"case": f"{seconds} s from noise to sound", "latents": took[0], "decoding": took[1], "peak_bytes": peak}
 
 
 def held_to_fp32(
@@ -250,6 +279,10 @@ def sheets(result: Mapping[str, Any]) -> list[Sheet]:
             ratio = record["diffusers"] / record["longburn"]
             rows.append([record["case"], *times, f"{ratio:.1f}x", f"{1e3 * floor:.1f} ms"])
     found = [Sheet("ACE-Step 1.5, 2B, 8 steps", ("length", "longburn", "diffusers", "ratio", "floor"), rows)]
+    if whole := result.get("piece"):
+        peak = "-" if whole["peak_bytes"] is None else f"{whole['peak_bytes'] / 2**30:.2f} GiB"
+        line = [whole["case"], f"{whole['latents']:.2f} s", f"{whole['decoding']:.2f} s", peak]
+        found.append(Sheet("A whole piece, batch 1", ("", "latents", "decoding", "device memory"), [line]))
     lm = result["language model"]
     line = [lm["case"], f"{lm['longburn']:.0f}", f"{lm['transformers']:.1f}", f"{result['read'] / lm['bytes']:.0f}"]
     return [*found, Sheet("Steps a second", ("", "longburn", "transformers", "floor"), [line])]
@@ -266,7 +299,9 @@ def main(
     config = AceStep15Config.released("turbo")
     lengths = tuple(seconds or ((10,) if small else SECONDS))
     ceilings = {"read": 3.0e12, "matmul": 6.9e14}
+    codec = OobleckConfig()
     if small:
+        codec = SMALL_CODEC
         encoder = {f"encoder_{name}": value for name, value in SMALL.items()}
         layers = {
             "rope": RotaryEncoding(16, theta=1e6),
@@ -282,6 +317,7 @@ def main(
     result: dict[str, Any] = {"machine": describe_machine() | describe_gpu(), "settings": asdict(Turbo())}
     result |= {"read": ceilings["read"], "flops": ceilings["matmul"]}
     result["dit"] = dit(config, lengths, device)
+    result["piece"] = piece(config, codec, lengths[-1], device)
     sizes = {**SMALL, "num_hidden_layers": 2} if small else LM
     sizes.pop("num_key_value_heads", None)
     result["language model"] = language_model(sizes, 64 if small else 64000, 30 if small else CODES_MADE, device)

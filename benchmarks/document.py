@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+import ace_step
 import constant_memory
 import cpu_decode
 import cpu_summary
@@ -69,12 +70,24 @@ def one_gpu(result: Mapping[str, Any]) -> str:
     return "\n\n".join([*(sheet.markdown() for sheet in gpu_summary.sheets(result)), *gpu_summary.notes(result)])
 
 
+def music(result: Mapping[str, Any]) -> str:
+    """Tables, and how far the transformer was from fp32."""
+    errors = result["dit"][0]
+    check = (
+        f"Check in the same run: a velocity in bf16 is {errors['longburn']:.2%} off diffusers' in fp32, "
+        f"diffusers' own in bf16 {errors['diffusers']:.2%}. Floors: FLOP at {result['flops'] / 1e12:.0f} TFLOP/s or "
+        f"bytes at {result['read'] / 1e12:.2f} TB/s, whichever takes longer."
+    )
+    return "\n\n".join([*(sheet.markdown() for sheet in ace_step.sheets(result)), check])
+
+
 SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     streaming_perplexity.NAME: perplexity,
     cpu_decode.NAME: decode,
     constant_memory.NAME: memory,
     tiny_gpt_oss.NAME: small_model,
     gpu.NAME: one_gpu,
+    ace_step.NAME: music,
 }
 
 
