@@ -56,9 +56,9 @@ def test_half_precision_is_rounded_once(impl: str) -> None:
     with use_impl(impl):
         total, y = adaptive_norm(x, row, row, 1e-6, branch=x, gate=row)
     wanted_total, _ = by_loops(x, row, row, x, row)
-    assert float((total.double() - wanted_total).abs().max() / wanted_total.abs().max()) < 2**-9
+    assert float((total.double() - wanted_total).abs().max() / wanted_total.abs().max()) < 2**-8
     _, wanted = by_loops(total, row, row, None, None)
-    assert float((y.double() - wanted).abs().max() / wanted.abs().max()) < 2**-9
+    assert float((y.double() - wanted).abs().max() / wanted.abs().max()) < 2**-8
 
 
 def test_adaptive_norm_refuses_shapes_that_disagree() -> None:

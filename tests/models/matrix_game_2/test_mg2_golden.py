@@ -21,12 +21,12 @@ def test_every_pass_is_the_originals(name: str) -> None:
     image = model.look(given("clip", (1, 257, 1280)))
     window = FrameWindow(config.local_attn_size, config.sink_size)
     caches = Caches(config, window, 1, h * w, dtype=torch.float32, device="cpu")
-    rope, modulations = config.rope((h, w)), [model.modulation(torch.tensor([[t]])) for t in times]
+    ropes, modulations = config.ropes((h, w)), [model.modulation(torch.tensor([[t]])) for t in times]
     worst = 0.0
     for b in range(blocks):
         first = 3 * b
         full = first + 3 >= window.frames
-        place = place_of(config, rope, window, torch.tensor([first]), 3, full=full, dtype=torch.float32)
+        place = place_of(ropes, window, torch.tensor([first]), 3, full=full, dtype=torch.float32)
         condition = given(f"cond.{b}", (1, 20, 3, 2 * h, 2 * w))
         prepared = model.prepare(place, caches, condition, heard(mouse, first, 3), heard(keyboard, first, 3), image)
         for i, modulation in enumerate(modulations):

@@ -55,13 +55,13 @@ def test_attention_to_a_window_by_its_formula(option: str) -> None:
     window = FrameWindow(7, 2, relative_sinks=option in ("relative", "both"), past_log_weights=weights)
     kind = {"dtype": torch.float32, "device": "cpu"}
     caches = Caches(config, window, 1, N, packed=option == "packed", **kind)  # type: ignore[arg-type]
-    rings, rope = Rings(window, caches.video[0], None), config.rope(GRID)
+    rings, ropes = Rings(window, caches.video[0], None), config.ropes(GRID)
     keys: dict[int, Tensor] = {}
     values: dict[int, Tensor] = {}
     for block in range(6):
         x = torch.from_numpy(drawn(f"block {block}", (1, 3 * N, config.dim)))
         first = torch.tensor([3 * block])
-        place = place_of(config, rope, window, first, 3, full=3 * block + 3 >= 7, dtype=torch.float32)
+        place = place_of(ropes, window, first, 3, full=3 * block + 3 >= 7, dtype=torch.float32)
         out = attention.forward(x, place, rings)
         q, k = (attention._heads(x, to, norm)[0] for to, norm in (
             (attention.q, attention.q_norm), (attention.k, attention.k_norm)))  # fmt: skip

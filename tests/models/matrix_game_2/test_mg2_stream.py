@@ -104,7 +104,7 @@ def test_bf16_stays_near() -> None:
 
 def test_time_may_start_anywhere_without_kept_frames() -> None:
     config = tiny("universal")
-    model, window, rope = tiny_model(config), FrameWindow(6), config.rope(GRID)
+    model, window, ropes = tiny_model(config), FrameWindow(6), config.ropes(GRID)
     clip, start = image(frames=3)
     look, modulation = model.look(clip), model.modulation(torch.tensor([[700.0]]))
     flows = []
@@ -112,7 +112,7 @@ def test_time_may_start_anywhere_without_kept_frames() -> None:
         caches = Caches(config, window, 1, GRID[0] * GRID[1], dtype=torch.float32, device="cpu")
         for block in range(4):
             first = torch.tensor([shift + 3 * block])
-            place = place_of(config, rope, window, first, 3, full=block >= 1, dtype=torch.float32)
+            place = place_of(ropes, window, first, 3, full=block >= 1, dtype=torch.float32)
             signals = [torch.from_numpy(drawn(f"{block} {n}", (1, 3, 12, n))) for n in (2, 4)]
             condition = torch.from_numpy(drawn(f"cond {block}", (1, 20, 3, H, W)))
             prepared = model.prepare(place, caches, condition, *signals, look)
@@ -149,14 +149,14 @@ def test_a_window_holds_kept_frames_and_a_block(frames: int, sinks: int) -> None
 def test_passes_leave_only_the_clean_block() -> None:
     """Whatever noisy passes wrote, the caches are those of the clean pass alone."""
     config = tiny("universal")
-    model, window, rope = tiny_model(config), FrameWindow(6), config.rope(GRID)
+    model, window, ropes = tiny_model(config), FrameWindow(6), config.ropes(GRID)
     clip, x = image(frames=3)
     look, clean = model.look(clip), model.modulation(torch.tensor([[0.0]]))
     kept = []
     for passes in (0, 3):
         caches = Caches(config, window, 1, GRID[0] * GRID[1], dtype=torch.float32, device="cpu")
         for block in range(3):
-            place = place_of(config, rope, window, torch.tensor([3 * block]), 3, full=False, dtype=torch.float32)
+            place = place_of(ropes, window, torch.tensor([3 * block]), 3, full=False, dtype=torch.float32)
             prepared = model.prepare(
                 place, caches, torch.ones(1, 20, 3, H, W), torch.zeros(1, 3, 12, 2), torch.ones(1, 3, 12, 4), look
             )

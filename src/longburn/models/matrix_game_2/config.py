@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from longburn.rope import Rope3dEncoding, RotaryEncoding
 
@@ -49,6 +49,13 @@ _FIXED = {"model_type": "i2v", "qk_norm": True, "cross_attn_norm": True}
 _ACTION_FIXED = {"patch_size": [1, PATCH, PATCH], "qk_norm": True, "qkv_bias": False, "enable_keyboard": True}
 
 
+class Ropes(NamedTuple):
+    """Made once and kept: what they turn by is copied to a device the first time, which no recorded pass may do."""
+
+    video: Rope3dEncoding  # over frames, rows and columns
+    action: RotaryEncoding  # over latent frames
+
+
 @dataclass(frozen=True)
 class ActionConfig:
     """The modules that listen to mouse and keyboard, in the layers `blocks`.
@@ -80,11 +87,6 @@ class ActionConfig:
     def head_dim(self) -> int:
         """Of both attentions."""
         return self.keyboard_hidden_dim // self.heads_num
-
-    @property
-    def rope(self) -> RotaryEncoding:
-        """Over latent frames. The channels of height and width always stand at 0, so they do not turn."""
-        return RotaryEncoding(self.head_dim, theta=self.rope_theta, rotary_dim=self.rope_dim_list[0], interleaved=True)
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,16 @@ class MatrixGame2Config:
         """Of what is given beside the noisy latents: the mask, and the latents of the start image."""
         return self.in_dim - self.out_dim
 
-    def rope(self, grid: tuple[int, int]) -> Rope3dEncoding:
-        """Over frames, rows and columns of a video with this (height, width) of a frame in tokens."""
-        return Rope3dEncoding(self.head_dim, grid)
+    def ropes(self, grid: tuple[int, int]) -> Ropes:
+        """For a video with this (height, width) of a latent frame in tokens.
+
+        In the action modules the channels of height and width always stand at 0, so they do not turn.
+        """
+        action = self.action_config
+        turns = RotaryEncoding(
+            action.head_dim, theta=action.rope_theta, rotary_dim=action.rope_dim_list[0], interleaved=True
+        )
+        return Ropes(Rope3dEncoding(self.head_dim, grid), turns)
 
 
 def _want(holds: bool, what: str, config: MatrixGame2Config) -> None:

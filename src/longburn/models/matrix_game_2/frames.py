@@ -10,8 +10,8 @@ from longburn.attention import attend
 from longburn.bias import BiasContext
 from longburn.cache import AttnWindow, KeyValues, RollingKVCache, Step
 from longburn.kernels.attend import BiasTerms, Known
-from longburn.models.matrix_game_2.config import BLOCK_FRAMES, MatrixGame2Config
-from longburn.rope import Angles, Rope3dEncoding
+from longburn.models.matrix_game_2.config import BLOCK_FRAMES, MatrixGame2Config, Ropes
+from longburn.rope import Angles
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,7 @@ class Place(NamedTuple):
 
 
 def place_of(
-    config: MatrixGame2Config,
-    rope: Rope3dEncoding,
+    ropes: Ropes,
     window: FrameWindow,
     first: Tensor,
     frames: int,
@@ -136,6 +135,7 @@ def place_of(
     dtype: torch.dtype,
 ) -> Place:
     """The place of `frames` frames from frame number `first` on, int64 `[1]` on the model's device."""
+    rope = ropes.video
     device, n = first.device, rope.frame_tokens
     times = first + torch.arange(frames, device=device)
     positions = first * n + torch.arange(frames * n, device=device)
@@ -145,7 +145,7 @@ def place_of(
         beyond = (first + frames - window.frames).clamp_min(0)
         shown = (times - beyond).repeat_interleave(n)
         sink_angles = rope.angles(positions[None], wide, time=shown[None])
-    turns = config.action_config.rope.angles(times[None], wide)
+    turns = ropes.action.angles(times[None], wide)
     return Place(
         Step(positions[None], None, None, fits=True),
         Step(times[None], None, None, fits=True),
@@ -153,7 +153,7 @@ def place_of(
         sink_angles,
         turns,
         Angles(*(x.repeat_interleave(n, 2) for x in turns)),
-        torch.ones(config.action_config.head_dim, device=device, dtype=dtype),
+        torch.ones(ropes.action.head_dim, device=device, dtype=dtype),
         full,
     )
 

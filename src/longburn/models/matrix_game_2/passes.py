@@ -56,7 +56,7 @@ class Passes:
     ) -> None:
         config, action, device = model.config, model.config.action_config, model.device
         self.model, self.caches, self.image = model, caches, tuple(image)
-        self.rope = config.rope((latent_size[0] // PATCH, latent_size[1] // PATCH))
+        self.ropes = config.ropes((latent_size[0] // PATCH, latent_size[1] // PATCH))
         B, wide = image[0].k.shape[0], torch.promote_types(model.dtype, torch.float32)
         block = (B, config.out_dim, BLOCK_FRAMES, *latent_size)
         heard = (B, BLOCK_FRAMES, action.window)
@@ -104,8 +104,8 @@ class Passes:
     def prepare(self, *, full: bool) -> Prepared:
         """What the block's other passes share."""
         self._step.zero_()
-        config, caches, dtype = self.model.config, self.caches, self.model.dtype
-        place = place_of(config, self.rope, caches.window, self.first, BLOCK_FRAMES, full=full, dtype=dtype)
+        caches, dtype = self.caches, self.model.dtype
+        place = place_of(self.ropes, caches.window, self.first, BLOCK_FRAMES, full=full, dtype=dtype)
         return self.model.prepare(place, caches, self.condition, self.mouse, self.keyboard, self.image)
 
     def denoise(self, prepared: Prepared) -> None:

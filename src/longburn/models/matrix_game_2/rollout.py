@@ -246,7 +246,7 @@ class Rollout:
 
         mouse = [frame.mouse for frame in made if frame.mouse is not None]
         first = torch.full((1,), group[0], device=model.device)
-        place = place_of(model.config, passes.rope, self.window, first, len(group), full=False, dtype=model.dtype)
+        place = place_of(passes.ropes, self.window, first, len(group), full=False, dtype=model.dtype)
         prepared = model.prepare(
             place,
             self.caches,
