@@ -86,6 +86,8 @@ def describe_usage(error: typer.TyperException) -> str:
 
 def describe(error: Exception) -> str:
     """The message of an error a user can act on; anything else also says what it is and how to see more."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     if isinstance(error, ValueError | OSError | ImportError | RuntimeError) and str(error):
         return str(error)
     return f"unexpected {type(error).__name__} (--debug shows where): {error}"
