@@ -72,6 +72,8 @@ class WanEncoder(nn.Module):
 class WanDecoder(StreamedDecoder):
     """Latents, in the scale of the diffusion model, to pictures.
 
+    As released, at 352 x 640, a latent frame is four pictures and 7.63 TFLOP, and a stream remembers 1.07 GB in fp16.
+
     Args:
         config: sizes; default the released VAE's.
         dtype: of the parameters; the scale of the latents stays in fp32.
@@ -173,7 +175,8 @@ class WanVae(nn.Module):
         """The latents of a video that is this picture `[B, 3, H, W]` and then mid-grey for ever.
 
         Every layer looks back a fixed number of frames, so from some frame on all latents are the same, bit for bit:
-        the 29th after the image's own as released. So many are encoded, and stand for a video of any length.
+        the 29th after the image's own as released. So many are encoded (133 TFLOP at 352 x 640), and stand for a video
+        of any length.
 
         Raises:
             ValueError: as `encode`.

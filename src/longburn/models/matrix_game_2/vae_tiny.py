@@ -82,6 +82,8 @@ class TinyStage(nn.Module):
 class TinyDecoder(StreamedDecoder):
     """Latents, in the scale of the diffusion model, to pictures, one latent frame at a time.
 
+    As published, at 352 x 640, a latent frame is four pictures and 0.30 TFLOP, and a stream remembers 38 MB in fp16.
+
     Args:
         config: sizes; default `taew2_1`'s.
         dtype: of the parameters.
