@@ -74,12 +74,12 @@ def test_the_check_sees_what_is_brought_from_the_host() -> None:
 @pytest.mark.cuda
 @torch.no_grad()
 def test_replayed_blocks_have_the_bits_of_others() -> None:
-    from mg2_cases import drawn, tiny_model
+    from mg2_cases import build, drawn, tiny_weights
 
     from longburn.models.matrix_game_2 import Rollout, RolloutSettings
 
     config = tiny("universal")
-    model = tiny_model(config).to("cuda", torch.bfloat16)
+    model = build(config, tiny_weights(config), torch.bfloat16).to("cuda")
     clip, start = torch.from_numpy(drawn("clip", (1, 5, 1280))), torch.from_numpy(drawn("start", (1, 16, 2, 4, 6)))
 
     def session(*, record: bool) -> Rollout:

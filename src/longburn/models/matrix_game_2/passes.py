@@ -41,6 +41,7 @@ class Passes:
         x: latents `[B, 16, 3, H, W]`: noise before, the block's video after. In fp32 at least, as is
         fresh: noise of the steps `[N, B, 16, 3, H, W]`.
         condition, keyboard, mouse: as of `MatrixGame2.prepare`.
+        ready: on CUDA, recorded when a block was made and before it is remembered.
         why_not: why passes are not recorded, or None.
     """
 
@@ -75,6 +76,7 @@ class Passes:
         self.why_not: str | None = None
         if not record or device.type != "cuda":
             self.why_not = f"record is {record}" if not record else f"needs CUDA, got {device.type}"
+        self.ready: torch.cuda.Event | None = None
         self._warm = False
         self._recording: _Recording | None = None
 
@@ -83,8 +85,8 @@ class Passes:
         """Whether blocks are replayed."""
         return self._recording is not None
 
-    def run(self, *, full: bool) -> None:
-        """All passes over the block. `full`: every ring is full once it is written."""
+    def run(self, *, full: bool) -> Tensor:
+        """All passes over the block; its latents. `full`: every ring is full once it is written."""
         if full and self.why_not is None and self._warm and self._recording is None:
             self._recording = self._record()
         recording = self._recording
@@ -92,14 +94,24 @@ class Passes:
             prepared = self.prepare(full=full)
             for _ in range(len(self.fresh)):
                 self.denoise(prepared)
+            latents = self._finished()
             self.remember(prepared)
             self._warm = self._warm or full
-            return
+            return latents
         prepare, denoise, remember = recording.graphs
         prepare.replay()
         for _ in range(len(self.fresh)):
             denoise.replay()
+        latents = self._finished()
         remember.replay()
+        return latents
+
+    def _finished(self) -> Tensor:
+        latents = self.x.clone()
+        if latents.is_cuda:
+            self.ready = self.ready or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.ready.record(torch.cuda.current_stream(latents.device))
+        return latents
 
     def prepare(self, *, full: bool) -> Prepared:
         """What the block's other passes share."""

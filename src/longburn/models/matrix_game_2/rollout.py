@@ -118,6 +118,12 @@ class Rollout:
         return self._signals.pictures(self.frames)
 
     @property
+    def ready(self) -> torch.cuda.Event | None:
+        """On CUDA, passed as soon as the last block's latents are there, so that another stream may decode them while
+        this one still remembers them."""
+        return self._passes.ready
+
+    @property
     def recorded(self) -> bool:
         """Whether blocks are replayed as CUDA graphs."""
         return self._passes.recorded
@@ -141,7 +147,8 @@ class Rollout:
             mouse: likewise, pitch and yaw within -1 .. 1 (the models were trained with 0.1); None: it rests.
 
         Returns:
-            Latents `[B, 16, 3, H, W]`, fp32 at least, on the model's device. The host does not wait for them.
+            Latents `[B, 16, 3, H, W]`, fp32 at least, on the model's device. The host does not wait for them, and they
+            are there before the block is remembered: see `ready`.
 
         Raises:
             ValueError: actions of another shape or out of range. Nothing has changed then.
@@ -156,9 +163,8 @@ class Rollout:
             passes.mouse.copy_(heard_mouse)
         for i in range(BLOCK_FRAMES):
             passes.condition[:, :, i] = self._condition(first + i)
-        passes.run(full=self._full(first))
+        latents = passes.run(full=self._full(first))
         self.frames += BLOCK_FRAMES
-        latents = passes.x.clone()
         self._keep(first, latents, passes.condition.clone(), heard_keys, heard_mouse)
         self._noise.draw()  # while the device works
         return latents

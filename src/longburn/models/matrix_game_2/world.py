@@ -72,6 +72,7 @@ class MatrixGameWorld:
         self.mode, self.settings = model.config.mode, settings or RolloutSettings()
         self._rollout: Rollout | None = None
         self._memory = FrameMemory()
+        self._stream: torch.cuda.Stream | None = None
 
     @property
     def observation_space(self) -> Space[Any]:
@@ -148,9 +149,18 @@ class MatrixGameWorld:
         if self._rollout is None:
             raise ValueError("MatrixGameWorld.step: nothing to go on from; call reset first")
         latents = self._rollout.step(*self._signals(action))
-        latents = latents.to(self.decoder.like.device, self.decoder.like.dtype)
-        frames = _shown(self._pictures.decode(latents, self._memory))
+        frames = self._decoded(latents, self._rollout.ready)
         return WorldStep(frames[-1], frames)
+
+    def _decoded(self, latents: Tensor, ready: torch.cuda.Event | None) -> NDArray[np.uint8]:
+        """The block's pictures; on CUDA beside the pass that remembers it, for which nobody has to wait."""
+        like = self.decoder.like
+        if ready is None or not like.is_cuda:
+            return _shown(self._pictures.decode(latents.to(like.device, like.dtype), self._memory))
+        self._stream = self._stream or torch.cuda.Stream(like.device)
+        self._stream.wait_event(ready)
+        with torch.cuda.stream(self._stream):
+            return _shown(self._pictures.decode(latents.to(like.device, like.dtype), self._memory))
 
     def _signals(self, action: Any) -> tuple[Any, Any]:
         """Keys and mouse, for `Rollout.step`, which checks their numbers."""
