@@ -22,13 +22,17 @@ from longburn.models.matrix_game_2 import ActionConfig, MatrixGame2, MatrixGame2
 from longburn.models.matrix_game_2.config import CLIP_SIZE, CLIP_TOKENS, LATENT_SIZE, MASK_CHANNELS, STEPS
 from longburn.models.matrix_game_2.names import rules
 from longburn.models.matrix_game_2.sampler import TIMESTEPS, BlockNoise, noise_levels
+from longburn.models.matrix_game_2.vae import WanDecoder
+from longburn.models.matrix_game_2.vae_memory import FrameMemory, StreamedDecoder
+from longburn.models.matrix_game_2.vae_recorded import RecordedDecoder
+from longburn.models.matrix_game_2.vae_tiny import TinyDecoder
 from longburn.weights import TensorInfo, in_their_names
 from machine import describe_gpu, describe_machine, machine_line, write_json
 from matrix_game_2_peer import Peer
 from sheets import Sheet, console
 
 NAME = "matrix_game_2"
-BLOCKS, PEER_BLOCKS, CHECKED = 60, 6, 5
+BLOCKS, PEER_BLOCKS, CHECKED, ENDLESS = 60, 6, 5, 2000
 PICTURES = 12  # of a block after the first
 WORSE = 1.5
 SMALL_SIZES = {"dim": 96, "ffn_dim": 192, "num_heads": 4, "num_layers": 3}
@@ -185,6 +189,8 @@ def held_to_fp32(
 def dit(model: MatrixGame2, clip: Tensor, start: Tensor, settings: RolloutSettings, blocks: int) -> dict[str, Any]:
     """The transformer alone: every block waited for, and all of them in a row."""
     device = model.device.type
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     rollout = Rollout(model, clip, start, settings=settings)
     for block in range(5):  # the window fills, kernels are compiled, graphs recorded
         rollout.step(*actions(block))
@@ -201,6 +207,59 @@ def dit(model: MatrixGame2, clip: Tensor, start: Tensor, settings: RolloutSettin
 
 
 @torch.no_grad()
+def with_decoder(
+    model: MatrixGame2, decoder: StreamedDecoder, clip: Tensor, start: Tensor, settings: RolloutSettings, blocks: int
+) -> dict[str, Any]:
+    """From action to pictures; what decodes a block runs beside what remembers it, and beside the next one."""
+    device = model.device.type
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    rollout, recorded, memory = Rollout(model, clip, start, settings=settings), RecordedDecoder(decoder), FrameMemory()
+    recorded.prepare(memory, batch=1, height=start.shape[3], width=start.shape[4])
+    side = torch.cuda.Stream() if device == "cuda" else None
+
+    def step(block: int) -> object:
+        latents = rollout.step(*actions(block))
+        if side is None or rollout.ready is None:
+            return recorded.decode(latents.to(decoder.like.dtype), memory)
+        side.wait_event(rollout.ready)
+        with torch.cuda.stream(side):
+            latents.record_stream(side)
+            return recorded.decode(latents.to(decoder.like.dtype), memory)
+
+    for block in range(5):
+        step(block)
+    taken = latencies(step, range(5, 5 + blocks), device)
+    wait(device)
+    began = time.perf_counter()
+    for block in range(blocks):
+        step(block)
+    wait(device)
+    ahead = (time.perf_counter() - began) / blocks
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
+    return {**figures(taken), "fps_ahead": PICTURES / ahead, "peak_gb": peak}
+
+
+@torch.no_grad()
+def endless(device: str, blocks: int) -> dict[str, Any]:
+    """A small model over many blocks, upstream's end (341) far behind: memory, and how large its numbers become."""
+    config = small(MatrixGame2Config.released("universal"))
+    model = random_model(config, torch.float32, device)
+    clip, start = image_of(config, (8, 12), device)
+    rollout = Rollout(model, clip, start, settings=RolloutSettings(latent_size=(8, 12), steps=(1000, 500)))
+    allocated, largest = [], 0.0
+    for block in range(blocks):
+        latents = rollout.step(*actions(block))
+        if block % 50 == 49:
+            largest = max(largest, float(latents.abs().max()))
+            allocated.append(torch.cuda.memory_allocated() if device == "cuda" else rollout.nbytes)
+    grown = allocated[-1] - allocated[min(1, len(allocated) - 1)]
+    if grown > 0 or not largest < 100:
+        raise RuntimeError(f"matrix_game_2: {blocks} blocks grew by {grown} bytes, largest number {largest}")
+    return {"blocks": blocks, "frames": rollout.frames, "grown_bytes": grown, "largest": largest}
+
+
+@torch.no_grad()
 def plain(weights: Mapping[str, Tensor], model: MatrixGame2, clip: Tensor, start: Tensor) -> dict[str, float]:
     """The plain transformer, every block waited for."""
     peer = PeerRollout(weights, model.config, clip, start.float(), model.dtype)
@@ -212,11 +271,12 @@ def plain(weights: Mapping[str, Tensor], model: MatrixGame2, clip: Tensor, start
 def sheets(result: Mapping[str, Any]) -> list[Sheet]:
     """The table."""
     rows = []
-    for name in ("longburn", "plain"):
+    for name in ("longburn", "plain", *(name for name in result if name.startswith("with "))):
         found = result[name]
         milliseconds = [f"{1e3 * found[key]:.1f} ms" for key in ("p50", "p99")]
-        rows.append([name, f"{found['fps']:.1f}", *milliseconds])
-    return [Sheet("Matrix-Game 2, universal, 352 x 640, transformer only", ("", "FPS", "p50", "p99"), rows)]
+        ahead = f"{found['fps_ahead']:.1f}" if "fps_ahead" in found else "-"
+        rows.append([name, f"{found['fps']:.1f}", *milliseconds, ahead])
+    return [Sheet("Matrix-Game 2, universal, 352 x 640", ("", "FPS", "p50", "p99", "in a row"), rows)]
 
 
 def main(
@@ -234,7 +294,14 @@ def main(
     model = random_model(config, torch.bfloat16, device)
     clip, start = image_of(config, size, device)
     result: dict[str, Any] = {"machine": describe_machine() | describe_gpu()}
-    result["longburn"] = dit(model, clip, start, settings, 4 if small_sizes else blocks)
+    count = 4 if small_sizes else blocks
+    result["longburn"] = dit(model, clip, start, settings, count)
+    decoders = {"Wan VAE": WanDecoder(dtype=torch.float16), "tiny decoder": TinyDecoder(dtype=torch.float16)}
+    if small_sizes:
+        decoders = {"tiny decoder": TinyDecoder()}
+    for name, decoder in decoders.items():
+        result[f"with {name}"] = with_decoder(model, decoder.to(device).eval(), clip, start, settings, count)
+    result["endless"] = endless(device, 100 if small_sizes else ENDLESS)
     weights = released_names(model)
     result["plain"] = plain(weights, model, clip, start)
     if check:

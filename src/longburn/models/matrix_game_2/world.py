@@ -157,7 +157,7 @@ class MatrixGameWorld:
         like = self.decoder.like
         if ready is None or not like.is_cuda:
             return _shown(self._pictures.decode(latents.to(like.device, like.dtype), self._memory))
-        self._stream = self._stream or torch.cuda.Stream(like.device)
+        self._stream = self._stream or torch.cuda.Stream(like.device)  # type: ignore[no-untyped-call]
         self._stream.wait_event(ready)
         with torch.cuda.stream(self._stream):
             return _shown(self._pictures.decode(latents.to(like.device, like.dtype), self._memory))
