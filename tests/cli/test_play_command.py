@@ -231,14 +231,16 @@ def test_playing_by_keys(game, tmp_path: Path) -> None:
     play.until("step 1,")
     play.press("xzd")  # keys that mean nothing
     play.until("step 2,")
-    play.press("S")
+    play.press("W")
     play.until("step 3,")
+    play.press("aa")  # a step each
+    play.until("step 5,")
     play.press("wq")  # who quits wants no more of what was pressed before
     assert play.end() == 0
     assert play.restored
     assert "frames; a step took" in play.shown
     again = DotWorld()
-    frames = [again.reset(seed=4).frames, *(again.step(action).frames for action in (3, 3, 1))]
+    frames = [again.reset(seed=4).frames, *(again.step(action).frames for action in (3, 3, 0, 2, 2))]
     np.testing.assert_array_equal(pictures(path), np.concatenate(frames))
 
 

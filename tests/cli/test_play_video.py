@@ -39,6 +39,7 @@ def test_a_gif_of_few_colours_is_exact(tmp_path: Path) -> None:
     assert durations == [80, 90, 80, 80, 90, 80, 80]  # whole hundredths, and 583 ms in all
     with Image.open(path) as image:
         assert image.info["loop"] == 0
+    assert path.read_bytes().endswith(b"\0;")  # the trailer, which not every reader asks for
     assert list(tmp_path.iterdir()) == [path]
 
 

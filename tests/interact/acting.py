@@ -74,7 +74,8 @@ def tiny_agent(observations: spaces.Space, actions: spaces.Space, window: AttnWi
 class Ledger(gymnasium.Env):
     """Writes down all that is asked of it. Observation: a hash of its seed, episode and all actions of the episode.
 
-    With seed s, episode number n ends after `2 + (s + n) % cycle` steps, by turns terminated and truncated. The reward is the number of the step.
+    With seed s, episode number n ends after `2 + (s + n) % cycle` steps, by turns terminated and
+    truncated. The reward is the number of the step, and in the info.
     """
 
     def __init__(self, actions: spaces.Space | None = None, *, cycle: int = 3, never: bool = False) -> None:
@@ -101,4 +102,10 @@ class Ledger(gymnasium.Env):
         self.done += 1
         self.sum += int(np.abs(np.asarray(action, np.float64) * 10).sum() + 3)
         over = not self.never and self.done == 2 + (self.key + self.number) % self.cycle
-        return self._observation(), float(self.done), over and self.number % 2 == 0, over and self.number % 2 == 1, {}
+        return (
+            self._observation(),
+            float(self.done),
+            over and self.number % 2 == 0,
+            over and self.number % 2 == 1,
+            {"done": self.done},
+        )

@@ -185,6 +185,15 @@ def test_memory_and_work_of_a_step_do_not_grow() -> None:
     assert statistics.median(ages["old"]) < 1.3 * statistics.median(ages["young"])
 
 
+def test_the_last_step_of_an_episode_is_told_where_the_loop_resets() -> None:
+    env = Ledger()
+    told = [turn.info for turn in rollout(agent_for(env), env, steps=3, seed=0)]
+    assert told == [{"done": 1}, {"final_info": {"done": 2}}, {"done": 1}]
+    rows = vector(2, AutoresetMode.DISABLED)
+    last = list(rollout(agent_for(rows), rows, steps=2, seed=0))[-1]
+    assert last.info["final_info"]["done"].tolist() == [2, 2]
+
+
 def test_evaluate_counts_every_row_alike() -> None:
     env = vector(2, AutoresetMode.SAME_STEP)
     played = evaluate(agent_for(env), env, episodes=5, seed=0)

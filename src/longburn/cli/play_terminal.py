@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
@@ -110,8 +110,9 @@ def keyboard(file: TextIO | None = None) -> Iterator[Keyboard]:
             termios.tcsetattr(descriptor, termios.TCSADRAIN, silent)
             yield Keyboard(descriptor)
         finally:
-            # What was typed ahead would go to the shell.
-            termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)
+            with suppress(termios.error):  # the terminal is gone
+                # What was typed ahead would go to the shell.
+                termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)
 
 
 @contextmanager
@@ -160,11 +161,9 @@ def screen(file: TextIO | None = None) -> Iterator[Screen]:
         file.write("\x1b[?1049h\x1b[?25l\x1b[2J")
         yield Screen(file, truecolor=has_truecolor())
     finally:
-        try:
+        with suppress(OSError):  # the terminal is gone
             file.write("\x1b[0m\x1b[?25h\x1b[?1049l")
             file.flush()
-        except OSError:
-            pass  # the terminal is gone
 
 
 def has_truecolor() -> bool:
