@@ -1,7 +1,7 @@
 """Train a world model of a MiniGrid room: the next frame, given what is done in this one.
 
     python examples/train_minigrid_world.py prepare              episodes of an explorer (minutes on one CPU core)
-    python examples/train_minigrid_world.py train --out results  one GPU
+    python examples/train_minigrid_world.py train --out results  one GPU; --device cpu --batch 6 --clip 5 without one
     python examples/train_minigrid_world.py export results       into the package
 
 Without a command it rehearses all of it in seconds; the figures then say nothing.
@@ -33,7 +33,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "build" / "minigrid" / "world.npz"
 PACKAGE_DATA = ROOT / "src" / "longburn" / "models" / "data" / "minigrid_world"
 STEPS = 100  # of an episode
-CLIP = 12  # frames that are learnt from at a time, beside the first of the episode
 FARTHEST = 4096  # frames from the first one, in positions
 CARD = """# A world model of a MiniGrid room
 
@@ -69,19 +68,24 @@ def prepare(
 
 
 class Clips:
-    """Training clips, drawn on the host by a seed, cut out on the device."""
+    """Training clips, drawn on the host by a seed, cut out on the device.
 
-    def __init__(self, frames: Tensor, actions: Tensor, seed: int) -> None:
-        self.frames, self.actions = frames, actions
+    Args:
+        frames, actions: episodes `[E, steps + 1, 64]` and `[E, steps]`.
+        length: frames of a clip beside the first of its episode.
+    """
+
+    def __init__(self, frames: Tensor, actions: Tensor, length: int, seed: int) -> None:
+        self.frames, self.actions, self.length = frames, actions, length
         self.generator = torch.Generator().manual_seed(seed)
 
     def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Frames `[B, 1 + CLIP, 64]`, actions, token positions, and the frames that follow."""
+        """Frames `[B, 1 + length, 64]`, actions, token positions, and the frames that follow."""
         g, device = self.generator, self.frames.device
         row = torch.randint(len(self.frames), (batch, 1), generator=g)
-        start = torch.randint(1, self.actions.shape[1] - CLIP + 1, (batch, 1), generator=g)
+        start = torch.randint(1, self.actions.shape[1] - self.length + 1, (batch, 1), generator=g)
         late = torch.randint(FARTHEST, (batch, 1), generator=g) * (torch.rand(batch, 1, generator=g) < 0.5)
-        later = start + torch.arange(CLIP)
+        later = start + torch.arange(self.length)
         at = torch.cat([torch.zeros_like(start), later], 1).to(device)
         time_of = torch.cat([torch.zeros_like(start), later + late], 1).to(device)
         positions = (time_of[:, :, None] * CELLS + torch.arange(CELLS, device=device)).flatten(1)
@@ -117,13 +121,14 @@ def learn(
     device: torch.device,
     seed: int,
     noise: float,
+    length: int,
 ) -> tuple[RoomModel, dict[str, Any]]:
     """A trained model, and the log of its training."""
     torch.manual_seed(seed)
     model = RoomModel(config).to(device)
     frames, actions = (torch.from_numpy(x).to(device) for x in played)
     held = max(1, len(frames) // 50)  # the last ones are not learnt from
-    clips = Clips(frames[:-held], actions[:-held], seed)
+    clips = Clips(frames[:-held], actions[:-held], length, seed)
     generator = torch.Generator(device).manual_seed(seed)
 
     def loss_of(step: int) -> Tensor:
@@ -131,7 +136,13 @@ def learn(
         return clip_loss(model, corrupted(clip[0], noise, generator), *clip[1:])
 
     log = fit(model, loss_of, schedule)
-    log |= {"parameters": sum(p.numel() for p in model.parameters()), "seed": seed, "noise": noise}
+    log |= {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seed": seed,
+        "noise": noise,
+        "batch": batch,
+        "clip": length,
+    }
     log["held_out"] = held_out(model, frames[-held:], actions[-held:])
     return model, log | describe(device)
 
@@ -139,8 +150,10 @@ def learn(
 def held_out(model: RoomModel, frames: Tensor, actions: Tensor) -> dict[str, Any]:
     """How it does over episodes that did not end."""
     whole = (actions != ENDED).all(1)
+    if not whole.any():
+        return {"episodes": 0}
     result = drift(model, frames[whole], actions[whole])
-    marks = [n for n in (1, 10, 25, 50, 100) if n <= STEPS]
+    marks = [n for n in (1, 10, 25, 50, 100) if n <= actions.shape[1]]
     return {
         "episodes": int(whole.sum()),
         "one_step_cells": round(float(result.told_cells.mean()), 6),
@@ -157,6 +170,7 @@ def train(
     steps: Annotated[int, typer.Option(min=1)] = 20_000,
     seconds: Annotated[float, typer.Option(min=1)] = 480.0,
     batch: Annotated[int, typer.Option(min=1, help="Clips in a step.")] = 48,
+    clip: Annotated[int, typer.Option(min=1, help="Frames of a clip, beside the first of its episode.")] = 12,
     learning_rate: Annotated[float, typer.Option(min=0)] = 2e-3,
     noise: Annotated[float, typer.Option(min=0, max=1, help="Share of symbols replaced in what it reads.")] = 0.002,
     device: Annotated[str, typer.Option()] = "cuda",
@@ -166,7 +180,7 @@ def train(
     torch.set_float32_matmul_precision("high")
     held = np.load(data)
     schedule, played = Schedule(steps, seconds, learning_rate), Explored(held["frames"], held["actions"])
-    model, log = learn(RoomConfig(), played, schedule, batch, torch.device(device), seed, noise)
+    model, log = learn(RoomConfig(), played, schedule, batch, torch.device(device), seed, noise, clip)
     save(model, model.config.to_dict(), log | {"data": json.loads(str(held["origin"]))}, out)
     print(json.dumps({key: value for key, value in log.items() if key != "training_loss"}))
 
@@ -189,7 +203,7 @@ def main(context: typer.Context) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             data, out, target = (Path(scratch) / name for name in ("world.npz", "results", "shipped"))
             prepare(data, episodes=8)
-            train(out, data, steps=3, batch=2, device="cpu")
+            train(out, data, steps=3, batch=2, clip=5, device="cpu")
             export(out, target)
 
 

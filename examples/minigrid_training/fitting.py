@@ -64,7 +64,7 @@ def fit(
         step += 1
         total = loss.detach() if total is None else total + loss.detach()
         count += 1
-        if count >= max(1, schedule.steps // 40) or progress >= 1.0:
+        if progress >= (len(curve) + 1) / 40 or progress >= 1.0:
             curve.append((step, round(float(total) / count, 5)))
             if not math.isfinite(curve[-1][1]):
                 raise FloatingPointError(f"the loss is {curve[-1][1]} at step {step}; lower the learning rate")
@@ -86,6 +86,7 @@ def save(model: nn.Module, config: Mapping[str, Any], log: Mapping[str, Any], fo
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().half().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / FILE, metadata={"format": "pt"})
+    (folder / FILE).chmod(0o644)  # safetensors lets nobody else read what it writes
     for name, content in (("config", config), ("log", log)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -124,6 +124,7 @@ def test_cells_of_other_rooms_are_refused() -> None:
 
 def test_the_world_is_a_stream_of_the_models_own_frames() -> None:
     made = model()
+    made.head.bias.data[WITH_KEY] += 50  # what belongs in the corner, wanted everywhere
     world = RoomWorld(made, tile=8)
     assert isinstance(world, PlayableWorld)
     first = world.reset(seed=11)
@@ -164,6 +165,18 @@ def test_a_seed_repeats_what_is_drawn_and_another_does_not() -> None:
     once, again, other = played(5), played(5), played(6)
     assert all(map(np.array_equal, once, again))
     assert not all(map(np.array_equal, once, other))
+
+
+def test_every_cell_and_every_step_draws_for_itself() -> None:
+    made = model()
+    torch.nn.init.zeros_(made.head.weight)
+    torch.nn.init.zeros_(made.head.bias)
+    made.head.bias.data[AT_GOAL] = -50
+    world = RoomWorld(made, tile=4, sampler=SamplerConfig(temperature=1.0))
+    world.reset(seed=0)
+    drawn = np.stack([world.step(WAIT).observation["image"][..., 0].reshape(-1)[1:] for _ in range(8)])
+    assert len(np.unique(drawn, axis=0)) == 8
+    assert len(np.unique(drawn, axis=1)) > 3
 
 
 def test_what_does_not_fit_leaves_the_world_as_it_was() -> None:

@@ -1,1 +1,1 @@
-"""Models that travel with the package: `tiny_gpt_oss`."""
+"""Models that travel with the package: `tiny_gpt_oss`, `minigrid_agent`, `minigrid_world`."""

@@ -122,9 +122,12 @@ class MemoryPolicy(nn.Module):
             views: `[B, T, 7, 7, 3]`.
             directions, taken: `[B, T]`; the last action taken changes nothing.
         """
+        return self.logits(self.hidden(views, directions, taken))
+
+    def hidden(self, views: Tensor, directions: Tensor, taken: Tensor) -> Tensor:
+        """Features `[B, T, M]` from which every action of whole episodes is chosen; see `forward`."""
         x = torch.stack([self.observe(views, directions), self.embed(taken.long())], 2).flatten(1, 2)
-        features = self.stack.forward(x, Step.from_zero(x.shape[1], x.device))
-        return self.logits(features[:, ::STEP])
+        return self.stack.forward(x, Step.from_zero(x.shape[1], x.device))[:, ::STEP]
 
 
 class MemoryEncoder:

@@ -77,10 +77,14 @@ def hallway_end(env: Any) -> int:
     return int(env.success_pos[0]) - 1
 
 
+def first_object(env: Any) -> tuple[int, int]:
+    """Where the object of the first room stands."""
+    return 1, env.unwrapped.height // 2 - 1
+
+
 def sees_first_object(env: Any) -> bool:
     """Whether the object of the first room is in the agent's view."""
-    env = env.unwrapped
-    there = 1, env.height // 2 - 1
+    env, there = env.unwrapped, first_object(env)
     x, y = env.get_view_coords(*there)
     size = env.agent_view_size
     if not (0 <= x < size and 0 <= y < size):
