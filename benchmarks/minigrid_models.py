@@ -3,12 +3,15 @@
 The policy and the world model are those that travel with the package; episodes have seeds that no training used.
 """
 
+import hashlib
 import math
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any
 
 import gymnasium
@@ -21,16 +24,16 @@ from torch import Tensor
 
 from longburn.cache import AttnWindow, CacheManager, Step
 from longburn.interact import Agent, rollout
+from longburn.models import data
 from longburn.models.minigrid import MemoryPolicy, load_policy, load_room, memory_agent, memory_task
 from longburn.models.minigrid.measure import ENDED, Drift, drift, explore
 from longburn.models.minigrid.policy import FULL, SINK_STEPS, STEP, window
 from longburn.models.minigrid.tasks import sees_first_object
 from longburn.sampling import SamplerConfig
-from machine import describe_machine, machine_line, write_json
+from machine import Parts, describe_machine, machine_line, write_json
 from sheets import Sheet, console
 
 NAME = "minigrid"
-ROWS = 50  # environments played at once
 SAMPLER = SamplerConfig(min_p=0.05)  # the policy's own distribution without its tail: detours stay random
 LONG = 10_000  # steps that the gate of the long stream stays closed
 LONG_ROWS = 20
@@ -46,12 +49,13 @@ class Task:
     title: str
     make: Callable[[], Any]
     steps: int
+    rows: int = 50  # played at once
 
 
 TASKS = {
     "plain": Task("MiniGrid-MemoryS13-v0, as it is", partial(memory_task, 13), 5),
     "gate": Task("size 17, gate opens at step 64 to 160", partial(memory_task, 17, gate=(64, 160)), 16),
-    "long gate": Task("size 17, gate opens at step 500 to 1000", partial(memory_task, 17, gate=(500, 1000)), 16),
+    "long gate": Task("size 17, gate opens at step 500 to 1000", partial(memory_task, 17, gate=(500, 1000)), 16, 125),
 }
 
 
@@ -115,6 +119,20 @@ def success(played: Sequence[Any]) -> dict[str, Any]:
     }
 
 
+def measured(task: Task, way: AttnWindow, episodes: int, seed: int, advance: Advance) -> dict[str, Any]:
+    """The shipped policy on this task, under this window."""
+    policy = load_policy(window=way)
+    played = play(policy, task.make, episodes, min(task.rows, episodes), seed, advance)
+    return success(played) | {"reach_tokens": policy.reach}
+
+
+def weights() -> dict[str, str]:
+    """The first digits of the sha256 of what is shipped."""
+    folder = Path(data.__path__[0])
+    files = {name: folder / name / "model.safetensors" for name in ("minigrid_agent", "minigrid_world")}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}
+
+
 class Watched:
     """A policy whose caches can be looked at from outside."""
 
@@ -142,6 +160,7 @@ def long_stream(policy: MemoryPolicy, seed: int, advance: Advance) -> dict[str, 
     seconds: list[float] = []
     sizes: list[int] = []
     peaks: list[float] = []
+    last: int | None = None
     for turn in rollout(agent, env, seed=seed, sampler=SAMPLER):
         seconds.append(turn.seconds)
         assert watched.cache is not None
@@ -151,11 +170,12 @@ def long_stream(policy: MemoryPolicy, seed: int, advance: Advance) -> dict[str, 
         advance()
         if turn.ended:
             break
+        last = env.last  # of this episode: with its end, the next one has begun
     buckets = [sorted(seconds[at : at + 1000]) for at in range(0, LONG, 1000)]
     return {
         "steps": len(seconds),
         "won": turn.ended[0].reward > 0,
-        "last_sight": env.last,
+        "last_sight": last,
         "milliseconds": [round(1000 * bucket[len(bucket) // 2], 4) for bucket in buckets],
         "milliseconds_p99": [round(1000 * bucket[int(0.99 * len(bucket))], 4) for bucket in buckets],
         "cache_bytes": sizes,
@@ -250,42 +270,49 @@ def finding(result: Mapping[str, Any]) -> str:
 def main(
     episodes: Annotated[int, typer.Option(min=1, help="Of every task and window.")] = 500,
     long_episodes: Annotated[int, typer.Option(min=1, help="Of LONG steps each, at once.")] = LONG_ROWS,
-    world_episodes: Annotated[int, typer.Option(min=1)] = 500,
+    world_episodes: Annotated[int, typer.Option(min=1)] = 200,
     seed: Annotated[int, typer.Option(min=0, max=99_999)] = 0,
     threads: Annotated[int, typer.Option(min=1)] = 1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not take up a run that was cut short.")] = False,
     save: Annotated[bool, typer.Option(help="Write docs/assets/minigrid.json.")] = True,
 ) -> None:
     """A policy that needs its memory, and a world model that is to stay right."""
     torch.set_num_threads(threads)
     out = console()
-    result: dict[str, Any] = {"machine": describe_machine(), "seed": seed, "tasks": {}}
+    sizes = {"episodes": episodes, "long": long_episodes, "world": world_episodes, "seed": seed}
+    parts = Parts(NAME, {**sizes, "threads": threads, "weights": weights(), "longburn": version("longburn")})
+    if fresh:
+        parts.clear()
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
+
+        def part(key: str, total: int | None, measure: Callable[[Advance], Any]) -> Any:
+            if key not in parts:
+                bar = progress.add_task(key, total=total)
+                parts[key] = measure(partial(progress.advance, bar))
+            return parts[key]
+
+        result: dict[str, Any] = {"machine": describe_machine(), "seed": seed, "weights": weights(), "tasks": {}}
         for key, task in TASKS.items():
-            found = {}
-            for name, way in windows(task.steps).items():
-                bar = progress.add_task(f"{key}: {name}", total=episodes)
-                policy = load_policy(window=way)
-                rows = min(ROWS, episodes)
-                played = play(policy, task.make, episodes, rows, seed, partial(progress.advance, bar))
-                found[name] = success(played) | {"reach_tokens": policy.reach}
+            found = {
+                name: part(f"{key}: {name}", episodes, partial(measured, task, way, episodes, seed))
+                for name, way in windows(task.steps).items()
+            }
             result["tasks"][key] = {"title": task.title, "window": task.steps, "windows": found}
         steps = result["stream_window"] = TASKS["gate"].steps
-        policy = load_policy(window=window(steps, sinks=True))
-        bar = progress.add_task("one long stream", total=LONG)
-        result["stream"] = long_stream(policy, seed, partial(progress.advance, bar))
-        bar = progress.add_task("long streams at once", total=long_episodes)
-        far = partial(memory_task, 17, gate=LONG)
-        played = play(policy, far, long_episodes, long_episodes, seed + 1, partial(progress.advance, bar))
-        result["streams"] = success(played)
-        bar = progress.add_task("world model", total=None)
-        result["world"] = world(world_episodes, seed)
+        kept = window(steps, sinks=True)
+        result["stream"] = part("one long stream", LONG, partial(long_stream, load_policy(window=kept), seed))
+        far = Task("long", partial(memory_task, 17, gate=LONG), steps, rows=long_episodes)
+        many = partial(measured, far, kept, long_episodes, seed + 1)
+        result["streams"] = part("long streams at once", long_episodes, many)
+        result["world"] = part("world model", None, lambda advance: world(world_episodes, seed))
     for sheet in sheets(result):
         out.print(sheet.rich())
     out.print(finding(result))
     out.print(machine_line(result["machine"]))
     if save:
         out.print(f"wrote {write_json(NAME, result)}")
+    parts.clear()
 
 
 if __name__ == "__main__":
