@@ -1,5 +1,7 @@
 """The norm of a gated update, shifted and scaled: both implementations beside PyTorch's own in fp64."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from longburn.kernels.adaptive_norm import OPERATION, AdaptiveNormCall, adaptive
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = DEVICE == "cuda" or triton_kernels.interprets()
-ROWS = [((2, 6, 65), 1), ((2, 6, 65), 2), ((2, 6, 128), 12), ((3, 4, 2, 33), 6)]  # x, G
+SIZES = [(2, 6, 65, 1, 1), (2, 6, 65, 2, 1), (2, 6, 128, 2, 3), (3, 8, 33, 1, 4), (1, 6, 96, 1, 6)]  # B, T, M, rows, G
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -23,7 +25,7 @@ def normal(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize(
     ("sizes", "centered", "affine", "modulated", "updated", "dtype"),
     pairwise(
-        ROWS,
+        SIZES,
         [False, True],
         ["", "weight", "weight and bias"],
         [False, True],
@@ -33,7 +35,7 @@ def normal(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
 )
 def test_adaptive_norm(
     impl: str,
-    sizes: tuple[tuple[int, ...], int],
+    sizes: tuple[int, ...],
     centered: bool,
     affine: str,
     modulated: bool,
@@ -42,11 +44,11 @@ def test_adaptive_norm(
 ) -> None:
     if impl == "triton" and not RUNS:
         pytest.skip("needs a GPU or TRITON_INTERPRET=1")
-    shape, groups = sizes
-    n = shape[-1]
+    B, T, M, rows, G = sizes
+    shape, n = (B, T, M), M
     x = 3 + 2 * normal(*shape, seed=0, dtype=dtype)
-    wide = normal(groups, 3, n, seed=1, dtype=dtype)  # rows with gaps between them, as parts of one table have
-    shift, scale, gate = wide.unbind(1)
+    wide = normal(rows, G, 3, n, seed=1, dtype=dtype)  # with gaps between them, as parts of one table have
+    shift, scale, gate = wide.unbind(2)
     call = AdaptiveNormCall(
         x,
         1e-3,
@@ -69,31 +71,29 @@ def test_adaptive_norm(
 
 
 def by_torch(call: AdaptiveNormCall) -> tuple[Tensor, Tensor]:
-    """In fp64, one row after the other; the norm is of the sum as it is rounded."""
-    n = call.x.shape[-1]
-    rows = call.x.reshape(-1, n)
-    normed, total = torch.empty_like(rows, dtype=torch.float64), torch.empty_like(rows, dtype=torch.float64)
-    for r in range(rows.shape[0]):
+    """In fp64, one token after the other; the norm is of the sum as it is rounded."""
+    B, T, n = call.x.shape
+    normed, total = torch.empty_like(call.x, dtype=torch.float64), torch.empty_like(call.x, dtype=torch.float64)
+    for b, t in product(range(B), range(T)):
 
-        def part(of: Tensor, r: int = r) -> Tensor:
-            return of[r * of.shape[0] // rows.shape[0]].double()
+        def part(of: Tensor, b: int = b, t: int = t) -> Tensor:
+            return of[b % of.shape[0], t // (T // of.shape[1])].double()
 
-        total[r] = rows[r].double()
+        total[b, t] = call.x[b, t].double()
         if call.update is not None:
-            total[r] += call.update.reshape(-1, n)[r].double() * (1 if call.gate is None else part(call.gate))
-        x = total[r].to(call.x.dtype).double()
+            total[b, t] += call.update[b, t].double() * (1 if call.gate is None else part(call.gate))
+        x = total[b, t].to(call.x.dtype).double()
         weight = None if call.weight is None else call.weight.double()
-        bias = 0 if call.bias is None else call.bias.double()
         y = F.layer_norm(x, (n,), weight, eps=call.eps) if call.centered else F.rms_norm(x, (n,), weight, call.eps)
-        y = y + bias
-        normed[r] = y if call.scale is None or call.shift is None else y * part(call.scale) + part(call.shift)
-    return normed.view(call.x.shape), total.view(call.x.shape)
+        y = y + (0 if call.bias is None else call.bias.double())
+        normed[b, t] = y if call.scale is None or call.shift is None else y * part(call.scale) + part(call.shift)
+    return normed, total
 
 
 def test_it_has_gradients() -> None:
     g = torch.Generator().manual_seed(0)
     x, update = (torch.randn(2, 3, 5, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    shift, scale, gate = (torch.randn(2, 5, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    shift, scale, gate = (torch.randn(2, 1, 5, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(3))
 
     def run(*parts: Tensor) -> Tensor:
         x, update, shift, scale, gate = parts
@@ -107,9 +107,14 @@ def test_it_has_gradients() -> None:
     ("given", "words"),
     [
         ({"weight": torch.ones(4)}, r"weight \(4,\) beside x \(2, 3, 5\), wanted \(5,\)"),
-        ({"shift": torch.ones(4, 5), "scale": torch.ones(4, 5)}, r"wanted \[G, 5\], G a divisor of 6 rows"),
-        ({"shift": torch.ones(2, 5)}, "shift and scale are .2, 5. and none, wanted both alike or none"),
-        ({"gate": torch.ones(2, 5)}, r"update is none beside x \(2, 3, 5\)"),
+        (
+            {"shift": torch.ones(1, 2, 5), "scale": torch.ones(1, 1, 5)},
+            r"shift .* wanted \[2 or 1, G, 5\], G a divisor of 3",
+        ),
+        ({"shift": torch.ones(1, 1, 5), "scale": torch.ones(3, 1, 5)}, r"scale \(3, 1, 5\) beside x"),
+        ({"shift": torch.ones(2, 5), "scale": torch.ones(2, 5)}, r"shift \(2, 5\) beside x"),
+        ({"shift": torch.ones(2, 1, 5)}, "shift alone, wanted both or none"),
+        ({"gate": torch.ones(2, 1, 5)}, r"update is none beside x \(2, 3, 5\)"),
         ({"update": torch.ones(2, 3, 4)}, r"update is \(2, 3, 4\) beside x \(2, 3, 5\), wanted x's shape"),
     ],
 )

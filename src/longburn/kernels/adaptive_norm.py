@@ -1,4 +1,4 @@
-"""Normalisation that conditions shift and scale, after an update that they gate (adaLN: Peebles & Xie, 2212.09748)."""
+"""Normalisation that conditions shift and scale, after an update that they gate (adaLN, arXiv 2212.09748)."""
 
 from typing import NamedTuple
 
@@ -11,8 +11,8 @@ from longburn.kernels.registry import Impl, Operation
 
 
 class AdaptiveNormCall(NamedTuple):
-    """x and update `[..., n]`; weight and bias `[n]`; shift, scale and gate `[G, n]`, each for an equal share of the
-    rows of x, in order.
+    """x and update `[B, T, M]`; weight and bias `[M]`; shift, scale and gate `[B|1, G, M]`, a row for each of G
+    stretches of T / G tokens.
     """
 
     x: Tensor
@@ -34,29 +34,31 @@ class AdaptiveNormResult(NamedTuple):
 
 
 def _reference(call: AdaptiveNormCall) -> AdaptiveNormResult:
-    n = call.x.shape[-1]
+    x, (B, _, M) = call.x, call.x.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
 
-    def of_rows(part: Tensor) -> Tensor:
-        return part.unsqueeze(1)
+    def stretches(y: Tensor, rows: Tensor) -> Tensor:
+        return y.to(wide).reshape(B, rows.shape[1], -1, M)
 
-    x = call.x
+    def spread(rows: Tensor) -> Tensor:
+        return rows.to(wide)[:, :, None]
+
     if call.update is not None and call.gate is not None:
-        groups = call.gate.shape[0]
-        update = call.update.reshape(groups, -1, n)
-        x = torch.addcmul(x.reshape(groups, -1, n), update, of_rows(call.gate)).view(x.shape)
+        gate = call.gate
+        x = torch.addcmul(stretches(x, gate), stretches(call.update, gate), spread(gate)).view(x.shape).to(x.dtype)
     elif call.update is not None:
-        x = x + call.update
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = (x.to(wide) + call.update.to(wide)).to(x.dtype)
+    y = x.to(wide)
     if call.centered:
-        wide = wide - wide.mean(-1, keepdim=True)
-    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + call.eps)
+        y = y - y.mean(-1, keepdim=True)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + call.eps)
     if call.weight is not None:
-        y = y * call.weight
+        y = y * call.weight.to(wide)
     if call.bias is not None:
-        y = y + call.bias
+        y = y + call.bias.to(wide)
     if call.shift is not None and call.scale is not None:
-        grouped_y = y.view(call.scale.shape[0], -1, n)
-        y = torch.addcmul(of_rows(call.shift).to(y.dtype), grouped_y, of_rows(call.scale).to(y.dtype)).view(x.shape)
+        scaled = (stretches(y, call.scale) * spread(call.scale)).view(x.shape)
+        y = (stretches(scaled, call.shift) + spread(call.shift)).view(x.shape)
     return AdaptiveNormResult(y.to(x.dtype), x)
 
 
@@ -71,8 +73,8 @@ def _triton_why_not(call: AdaptiveNormCall) -> str | None:
     tensors = [t for t in call if isinstance(t, Tensor)]
     if reason := triton.why_not(*tensors):
         return reason
-    if call.x.dtype not in triton.TYPES or any(t.dtype != call.x.dtype for t in tensors):
-        return f"takes fp32, bf16 or fp16, one type for all, got {', '.join(sorted({str(t.dtype) for t in tensors}))}"
+    if call.x.dtype not in triton.TYPES or (call.update is not None and call.update.dtype != call.x.dtype):
+        return f"takes fp32, bf16 or fp16, one type for x and update, got {call.x.dtype}"
     if any(t.stride(-1) != 1 for t in tensors):
         return "channels have gaps"
     return None if call.x.shape[-1] <= LARGEST_ROW else f"takes {LARGEST_ROW} channels at most, got {call.x.shape[-1]}"
@@ -95,19 +97,19 @@ def adaptive_norm(
     update: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> AdaptiveNormResult:
-    """`norm(x') * scale + shift` with `x' = x + gate * update`, over the last dimension; and x'.
+    """`norm(x') * scale + shift` with `x' = x + gate * update`, over the channels; and x'.
 
-    Normalised in fp32 at least. The result is rounded once, and so is x', which is normalised as it is rounded.
+    Computed in fp32 at least. The result is rounded once, and so is x', which is normalised as it is rounded.
 
     Args:
-        x: `[..., n]`.
+        x: `[B, T, M]`.
         eps: added to the mean square, or to the variance.
         centered: subtract the mean (LayerNorm); otherwise divide by the root mean square alone (RMSNorm).
-        weight, bias: `[n]`, of the norm itself.
-        shift, scale: `[G, n]`, both or none. Each of G is for an equal share of the rows, in order: G is 1, or the
-            batch, or batch times frames. The scale is what one multiplies by: a model that learns it around 0 adds 1.
-        update: added to x first, `[..., n]`.
-        gate: `[G, n]`, times which it is added; None is 1.
+        weight, bias: `[M]`, of the norm itself.
+        shift, scale: `[B|1, G, M]`, both or none: a row for each of G stretches of T / G tokens (frames, say). The
+            scale is what one multiplies by: a model that learns it around 0 adds 1.
+        update: added to x first, `[B, T, M]`.
+        gate: `[B|1, G, M]`, times which it is added; None is 1.
 
     Raises:
         ValueError: shapes that disagree.
@@ -125,19 +127,23 @@ def _check(
     update: Tensor | None,
     gate: Tensor | None,
 ) -> None:
-    n = x.shape[-1]
+    if x.dim() != 3:
+        raise ValueError(f"adaptive_norm: x is {tuple(x.shape)}, wanted [B, T, M]")
+    B, T, M = x.shape
     for name, given in (("weight", weight), ("bias", bias)):
-        if given is not None and given.shape != (n,):
-            raise ValueError(f"adaptive_norm: {name} {tuple(given.shape)} beside x {tuple(x.shape)}, wanted ({n},)")
+        if given is not None and given.shape != (M,):
+            raise ValueError(f"adaptive_norm: {name} {tuple(given.shape)} beside x {tuple(x.shape)}, wanted ({M},)")
     for name, given in (("shift", shift), ("scale", scale), ("gate", gate)):
-        if given is not None and (given.dim() != 2 or given.shape[1] != n or x[..., 0].numel() % given.shape[0]):
+        if given is None:
+            continue
+        fits = given.dim() == 3 and given.shape[0] in (1, B) and given.shape[2] == M and given.shape[1] > 0
+        if not fits or T % given.shape[1]:
             raise ValueError(
-                f"adaptive_norm: {name} {tuple(given.shape)} beside x {tuple(x.shape)}, wanted [G, {n}], "
-                f"G a divisor of {x[..., 0].numel()} rows"
+                f"adaptive_norm: {name} {tuple(given.shape)} beside x {tuple(x.shape)}, wanted [{B} or 1, G, {M}], "
+                f"G a divisor of {T}"
             )
-    if (shift is None) != (scale is None) or (shift is not None and scale is not None and shift.shape != scale.shape):
-        came = " and ".join("none" if t is None else str(tuple(t.shape)) for t in (shift, scale))
-        raise ValueError(f"adaptive_norm: shift and scale are {came}, wanted both alike or none")
+    if (shift is None) != (scale is None):
+        raise ValueError(f"adaptive_norm: {'shift' if scale is None else 'scale'} alone, wanted both or none")
     if (update is None and gate is not None) or (update is not None and update.shape != x.shape):
         came = "none" if update is None else str(tuple(update.shape))
         raise ValueError(f"adaptive_norm: update is {came} beside x {tuple(x.shape)}, wanted x's shape")

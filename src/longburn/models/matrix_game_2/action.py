@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longburn.cache import KeyValues, RollingKVCache, Rotation
-from longburn.kernels.adaptive import adaptive_norm
 from longburn.kernels.linear import linear
 from longburn.kernels.norm import HeadNorms
 from longburn.kernels.rotate import rotate
 from longburn.models.matrix_game_2.config import MatrixGame2Config
 from longburn.models.matrix_game_2.frames import Place, attend_ring
+from longburn.nn import Residual
 
 NORM_EPS = 1e-6
 MLP_EPS = 1e-5
@@ -56,7 +56,7 @@ class MouseAttention(nn.Module):
         n = T // frames
         mixed = linear(x, self.token.weight).view(B, frames, n, -1) + heard[:, :, None]
         mixed = linear(F.gelu(mixed, approximate="tanh"), self.mix.weight, self.mix.bias).view(B, T, -1)
-        _, mixed = adaptive_norm(mixed, self.norm_weight[None, None], self.norm_bias[None, None], MLP_EPS)
+        mixed = Residual(mixed).layer_norm(MLP_EPS, weight=self.norm_weight, bias=self.norm_bias).normed
         # Places are rows: [B * n, heads, F, size] each.
         qkv = linear(mixed, self.qkv.weight).view(B, frames, n, 3, H, self.head_dim).permute(3, 0, 2, 4, 1, 5)
         q, k, v = (part.reshape(B * n, H, frames, self.head_dim) for part in qkv)

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longburn.attention import CrossKeyValues
-from longburn.kernels.adaptive import adaptive_norm
 from longburn.kernels.linear import linear
 from longburn.models.matrix_game_2.action import Heard
 from longburn.models.matrix_game_2.config import CLIP_SIZE, PATCH, MatrixGame2Config
 from longburn.models.matrix_game_2.frames import Caches, Place
-from longburn.models.matrix_game_2.layer import Due, Layer, Rings
+from longburn.models.matrix_game_2.layer import Layer, Rings
+from longburn.nn import Residual
 
 LONGEST_PERIOD = 1e4
 
@@ -155,9 +155,9 @@ class MatrixGame2(nn.Module):
 
     def velocity(self, x: Tensor, modulation: Modulation, prepared: Prepared, caches: Caches) -> Tensor:
         """The velocity `[B, 16, F, H, W]`, noise minus video, of noisy latents x of the same shape."""
-        h, due = self._through(x, modulation, prepared, caches, len(self.layers))
+        stream = self._through(x, modulation, prepared, caches, len(self.layers))
         shift, scale = modulation.head.unbind(2)
-        _, h = adaptive_norm(h, scale, shift, self.config.eps, branch=due.branch, gate=due.gate)
+        h = stream.layer_norm(self.config.eps, shift=shift, scale=scale).normed
         return latents(linear(h, self.head.weight, self.head.bias), x)
 
     def remember(self, x: Tensor, modulation: Modulation, prepared: Prepared, caches: Caches) -> None:
@@ -170,28 +170,24 @@ class MatrixGame2(nn.Module):
         if caches.mouse and last in self.config.action_config.blocks:
             self._through(x, modulation, prepared, caches, last + 1)
             return
-        h, due = self._through(x, modulation, prepared, caches, last)
+        stream = self._through(x, modulation, prepared, caches, last)
         rings = self._rings(caches, last)
-        self._layers[last].remember(h, due, modulation.layers[:, :, last], prepared.place, rings)
+        self._layers[last].remember(stream, modulation.layers[:, :, last], prepared.place, rings)
 
-    def _through(
-        self, x: Tensor, modulation: Modulation, prepared: Prepared, caches: Caches, count: int
-    ) -> tuple[Tensor, Due]:
+    def _through(self, x: Tensor, modulation: Modulation, prepared: Prepared, caches: Caches, count: int) -> Residual:
         """The stream after the first `count` layers."""
-        h = linear(patches(x.to(self.dtype)), self.noisy.weight, residual=prepared.condition)
-        due = Due(None, None)
+        stream = Residual(linear(patches(x.to(self.dtype)), self.noisy.weight, residual=prepared.condition))
         heard = dict(zip(self.config.action_config.blocks, prepared.heard, strict=True))
         for i, layer in enumerate(self._layers[:count]):
-            h, due = layer.forward(
-                h,
-                due,
+            stream = layer.forward(
+                stream,
                 modulation.layers[:, :, i],
                 prepared.place,
                 self._rings(caches, i),
                 prepared.image[i],
                 heard.get(i),
             )
-        return h, due
+        return stream
 
     def _rings(self, caches: Caches, layer: int) -> Rings:
         blocks = self.config.action_config.blocks

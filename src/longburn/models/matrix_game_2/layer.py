@@ -7,21 +7,13 @@ from torch import Tensor, nn
 
 from longburn.attention import CrossKeyValues, attend
 from longburn.cache import AttnWindow, RollingKVCache, Rotation
-from longburn.kernels.adaptive import adaptive_norm
 from longburn.kernels.attend import Known
 from longburn.kernels.gelu import linear_gelu
 from longburn.kernels.linear import linear
 from longburn.models.matrix_game_2.action import Action, Heard
 from longburn.models.matrix_game_2.config import MatrixGame2Config
 from longburn.models.matrix_game_2.frames import FrameWindow, Place, attend_ring
-from longburn.nn import RMSNorm
-
-
-class Due(NamedTuple):
-    """What is still to be added to the stream, by the norm that comes next: `gate * branch`."""
-
-    branch: Tensor | None
-    gate: Tensor | None
+from longburn.nn import Residual, RMSNorm
 
 
 class Rings(NamedTuple):
@@ -110,30 +102,27 @@ class Layer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        due: Due,
+        stream: Residual,
         modulation: Tensor,
         place: Place,
         rings: Rings,
         image: CrossKeyValues,
         heard: Heard | None,
-    ) -> tuple[Tensor, Due]:
-        """x `[B, T, D]` and what is due; modulation `[B|1, F|1, 6, D]`: shift, scale and gate, twice."""
+    ) -> Residual:
+        """The stream `[B, T, D]` after this layer; modulation `[B|1, F|1, 6, D]`: shift, scale and gate, twice."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.unbind(2)
-        x, h = adaptive_norm(x, scale, shift, self.eps, branch=due.branch, gate=due.gate)
-        attended = self.attention.forward(h, place, rings)
-        weight, bias = self.image_norm_weight[None, None], self.image_norm_bias[None, None]
-        x, h = adaptive_norm(x, weight, bias, self.eps, branch=attended, gate=gate)
+        h, x = stream.layer_norm(self.eps, shift=shift, scale=scale)
+        attended = Residual(x, self.attention.forward(h, place, rings), gate)
+        h, x = attended.layer_norm(self.eps, weight=self.image_norm_weight, bias=self.image_norm_bias)
         seen = self.image.forward(h, image, place)
+        stream = Residual(x, seen)
         if self.action is not None and heard is not None:
-            x = self.action.forward(x + seen, heard, place, rings.mouse)
-            _, h = adaptive_norm(x, ff_scale, ff_shift, self.eps)
-        else:
-            x, h = adaptive_norm(x, ff_scale, ff_shift, self.eps, branch=seen)
+            stream = Residual(self.action.forward(x + seen, heard, place, rings.mouse))
+        h, x = stream.layer_norm(self.eps, shift=ff_shift, scale=ff_scale)
         fed = linear(linear_gelu(h, self.up.weight, self.up.bias), self.down.weight, self.down.bias)
-        return x, Due(fed, ff_gate)
+        return Residual(x, fed, ff_gate)
 
-    def remember(self, x: Tensor, due: Due, modulation: Tensor, place: Place, rings: Rings) -> None:
+    def remember(self, stream: Residual, modulation: Tensor, place: Place, rings: Rings) -> None:
         """Only what later blocks see of this one."""
-        _, h = adaptive_norm(x, modulation[:, :, 1], modulation[:, :, 0], self.eps, branch=due.branch, gate=due.gate)
+        h, _ = stream.layer_norm(self.eps, shift=modulation[:, :, 0], scale=modulation[:, :, 1])
         self.attention.remember(h, place, rings)

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from longburn.attention import Attention, CrossAttention, CrossKeyValues
 from longburn.cache import Step
-from longburn.kernels.adaptive_norm import AdaptiveNormResult, adaptive_norm
 from longburn.kernels.linear import linear
 from longburn.models.ace_step.v15.config import AceStep15Config
-from longburn.nn import RMSNorm, SwiGLU
+from longburn.nn import Residual, RMSNorm, SwiGLU
 
 FREQUENCIES = 128  # of the sinusoids of a timestep
 LONGEST_PERIOD = 1e4
@@ -32,30 +31,6 @@ class Modulation(NamedTuple):
 
     layers: Tensor
     out: Tensor
-
-
-class Stream(NamedTuple):
-    """The residual stream x `[B, L, D]` and the update that it is still to get, times its gate `[B|1, D]`.
-
-    The next norm adds it: so the stream is read and written once between two blocks.
-    """
-
-    x: Tensor
-    update: Tensor | None = None
-    gate: Tensor | None = None
-
-    def normed(self, norm: RMSNorm, shift: Tensor | None = None, scale: Tensor | None = None) -> AdaptiveNormResult:
-        """The updated stream normalised, shifted and scaled by `[B|1, D]`; and the updated stream."""
-        return adaptive_norm(
-            self.x,
-            eps=norm.eps,
-            centered=False,
-            weight=norm.weight,
-            shift=shift,
-            scale=scale,
-            update=self.update,
-            gate=self.gate,
-        )
 
 
 class TimeEmbedding(nn.Module):
@@ -101,15 +76,16 @@ class DiTLayer(nn.Module):
         self.table = nn.Parameter(torch.empty(1, 6, size, dtype=dtype))
         nn.init.normal_(self.table, std=size**-0.5)
 
-    def forward(self, stream: Stream, modulation: Tensor, conditions: CrossKeyValues, step: Step) -> Stream:
-        """modulation `[B|1, 6, D]`."""
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.unbind(1)
-        normed, x = stream.normed(self.attention_norm, shift, scale)
-        attended = Stream(x, self.attention.forward(normed, step), gate)
-        normed, x = attended.normed(self.cross_norm)
-        crossed = Stream(x, self.cross.forward(normed, conditions))
-        normed, x = crossed.normed(self.mlp_norm, mlp_shift, mlp_scale)
-        return Stream(x, self.mlp.forward(normed), mlp_gate)
+    def forward(self, stream: Residual, modulation: Tensor, conditions: CrossKeyValues, step: Step) -> Residual:
+        """The stream `[B, L, D]` after this layer; modulation `[B|1, 6, D]`."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, 1)
+        eps = self.mlp_norm.eps
+        normed, x = stream.rms_norm(eps, self.attention_norm.weight, shift=shift, scale=scale)
+        attended = Residual(x, self.attention.forward(normed, step), gate)
+        normed, x = attended.rms_norm(eps, self.cross_norm.weight)
+        crossed = Residual(x, self.cross.forward(normed, conditions))
+        normed, x = crossed.rms_norm(eps, self.mlp_norm.weight, shift=mlp_shift, scale=mlp_scale)
+        return Residual(x, self.mlp.forward(normed), mlp_gate)
 
 
 class AceStepDiT(nn.Module):
@@ -204,11 +180,13 @@ class AceStepDiT(nn.Module):
         modulation = t if isinstance(t, Modulation) else self.modulation(t)
         (B, frames, channels), patch = x.shape, self.config.patch_size
         both = F.pad(torch.cat([context_latents, x], -1), (0, 0, 0, -frames % patch))
-        stream = Stream(linear(both.view(B, -1, self.patch.in_features), self.patch.weight, self.patch.bias))
+        stream = Residual(linear(both.view(B, -1, self.patch.in_features), self.patch.weight, self.patch.bias))
         step = Step.from_zero(stream.x.shape[1], x.device)
         for i, (layer, held) in enumerate(zip(self._layers, conditions, strict=True)):
             stream = layer.forward(stream, modulation.layers[:, i], held, step)
-        h = linear(stream.normed(self.norm, *modulation.out.unbind(1)).normed, self.unpatch.weight)
+        shift, scale = modulation.out.chunk(2, 1)
+        normed = stream.rms_norm(self.norm.eps, self.norm.weight, shift=shift, scale=scale).normed
+        h = linear(normed, self.unpatch.weight)
         return (h.reshape(B, -1, channels) + self.unpatch_bias)[:, :frames]
 
     def _check(
