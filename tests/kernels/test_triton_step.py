@@ -136,6 +136,17 @@ def test_rms_norm(shape: tuple[int, ...], round_last: bool, dtype: torch.dtype) 
     assert_as_good(got, compute(norm_kernels.OPERATION, "reference", call), exact)
 
 
+@pytest.mark.parametrize("shape", [(1, 7, 33), (2, 7, 33), (1500, 1, 40)], ids=str)
+def test_rms_norm_of_rows_with_gaps(shape: tuple[int, ...]) -> None:
+    """One distance between all rows, two of them, and more rows than have a program each."""
+    x = torch.cat([normal(*shape), torch.full(shape, torch.nan, device=DEVICE)], -1)[..., : shape[-1]]
+    call = NormCall(x, normal(shape[-1], seed=1), 1e-5, True)
+    wide = x.double()
+    exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * call.weight.double()
+    got = compute(norm_kernels.OPERATION, "triton", call)
+    assert_as_good(got, compute(norm_kernels.OPERATION, "reference", call), exact)
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 14), (3, 2050)], ids=str)
 def test_gated(shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -69,8 +69,8 @@ def _triton_why_not(call: NormCall) -> str | None:
         return reason
     if x.dtype not in triton.TYPES or weight.dtype != x.dtype:
         return f"takes fp32, bf16 or fp16, one type for all, got {x.dtype} and {weight.dtype}"
-    if not weight.is_contiguous():
-        return "weight has gaps"
+    if not weight.is_contiguous() or x.stride(-1) != 1:
+        return "weight, or x within a row, has gaps"
     return None if x.shape[-1] <= LARGEST_ROW else f"takes {LARGEST_ROW} channels at most, got {x.shape[-1]}"
 
 

@@ -63,9 +63,8 @@ def test_attention_to_a_window_by_its_formula(option: str) -> None:
         first = torch.tensor([3 * block])
         place = place_of(ropes, window, first, 3, full=3 * block + 3 >= 7, dtype=torch.float32)
         out = attention.forward(x, place, rings)
-        q, k = (attention._heads(x, to, norm)[0] for to, norm in (
-            (attention.q, attention.q_norm), (attention.k, attention.k_norm)))  # fmt: skip
-        v = attention._heads(x, attention.v)[0]
+        q, k, v = attention.qkv(x).chunk(3, 2)
+        q, k, v = (attention._cut(y)[0] for y in (attention.q_norm(q), attention.k_norm(k), v))
         for i in range(3):
             keys[3 * block + i], values[3 * block + i] = k[:, i * N : (i + 1) * N], v[:, i * N : (i + 1) * N]
         held = sorted(f for f in keys if f < 2 or f >= 3 * block + 3 - 5)

@@ -25,6 +25,7 @@ def _rms_norm(
     y,
     rows,
     size,
+    stride,  # from row to row of x
     EPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -35,17 +36,17 @@ def _rms_norm(
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
-    at, inside = row * size + cols, (row < rows) & (cols < size)
+    inside = (row < rows) & (cols < size)
     w = tl.load(weight + cols, mask=cols < size, other=0.0)
     if PDL:
         gdc_wait()
-    wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    wide = tl.load(x + row * stride + cols, mask=inside, other=0.0).to(tl.float32)
     normed = wide * tl.rsqrt(tl.sum(wide * wide, 1) / size + EPS)[:, None]
     if ROUND_LAST:
         normed = normed * w.to(tl.float32)
     else:
         normed = normed.to(y.dtype.element_ty).to(tl.float32) * w.to(tl.float32)
-    tl.store(y + at, normed.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + row * size + cols, normed.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -60,16 +61,17 @@ def _gated(x, y, hidden, BLOCK: tl.constexpr):
 
 def rms_norm(call: "NormCall") -> Tensor:
     """The Impl `triton` of the operation `rms_norm`."""
-    x, size = call.x.contiguous(), call.x.shape[-1]
-    y = torch.empty_like(x)
-    if x.numel():
-        rows, block = x.numel() // size, triton.next_power_of_2(size)
+    size = call.x.shape[-1]
+    y = torch.empty(call.x.shape, dtype=call.x.dtype, device=call.x.device)
+    if y.numel():
+        x = call.x.reshape(-1, size)  # a view, where all rows stand at one distance
+        rows, block = x.shape[0], triton.next_power_of_2(size)
         together = rows_of_a_program(rows, block)
         pdl = overlaps(x.device)
         flags = {"EPS": float(call.eps), "ROWS": together, "BLOCK": block, "ROUND_LAST": call.round_last}
         warps = min(max(together * block // 512, 1), 16)
         grid = (triton.cdiv(rows, together),)
-        _rms_norm[grid](x, call.weight, y, rows, size, **flags, PDL=pdl, launch_pdl=pdl, num_warps=warps)
+        _rms_norm[grid](x, call.weight, y, rows, size, x.stride(0), **flags, PDL=pdl, launch_pdl=pdl, num_warps=warps)
     return y
 
 

@@ -24,58 +24,65 @@ class Rings(NamedTuple):
     mouse: RollingKVCache | None
 
 
-class _Projections(nn.Module):
+class _Attention(nn.Module):
     """Queries and keys are normalised over all heads together, before they are cut into heads."""
 
     def __init__(self, config: MatrixGame2Config, dtype: torch.dtype) -> None:
         super().__init__()
         size = config.dim
         self.heads, self.scale = config.num_heads, config.head_dim**-0.5
-        self.q = nn.Linear(size, size, dtype=dtype)
-        self.k = nn.Linear(size, size, dtype=dtype)
-        self.v = nn.Linear(size, size, dtype=dtype)
         self.out = nn.Linear(size, size, dtype=dtype)
         self.q_norm = RMSNorm(size, config.eps, dtype=dtype)
         self.k_norm = RMSNorm(size, config.eps, dtype=dtype)
 
-    def _heads(self, x: Tensor, to: nn.Linear, norm: RMSNorm | None = None) -> Tensor:
+    def _cut(self, y: Tensor) -> Tensor:
         """`[B, T, D]` to `[B, heads, T, size]`."""
-        y = linear(x, to.weight, to.bias)
-        y = y if norm is None else norm.forward(y)
         return y.view(*y.shape[:2], self.heads, -1).transpose(1, 2)
 
     def _joined(self, out: Tensor) -> Tensor:
         return linear(out.transpose(1, 2).flatten(2), self.out.weight, self.out.bias)
 
 
-class VideoAttention(_Projections):
+class VideoAttention(_Attention):
     """Attention of a block to the frames of its window, itself among them, without order within the block."""
+
+    def __init__(self, config: MatrixGame2Config, dtype: torch.dtype) -> None:
+        super().__init__(config, dtype)
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, dtype=dtype)
 
     def forward(self, x: Tensor, place: Place, rings: Rings) -> Tensor:
         """x `[B, T, D]` to `[B, T, D]`. Keys and values of x take the places of those that a pass before left there."""
-        q, k, v = self._heads(x, self.q, self.q_norm), self._heads(x, self.k, self.k_norm), self._heads(x, self.v)
+        q, k, v = linear(x, self.qkv.weight, self.qkv.bias).chunk(3, 2)
+        q, k, v = self._cut(self.q_norm.forward(q)), self._cut(self.k_norm.forward(k)), self._cut(v)
         held = rings.video.update(k, v, place.tokens, rotation=Rotation(q, place.angles, place.sink_angles, True))
         return self._joined(attend_ring(held, place, place.tokens, self.scale, window=rings.window))
 
     def remember(self, x: Tensor, place: Place, rings: Rings) -> None:
         """The keys and values of `forward` alone."""
-        k, v = self._heads(x, self.k, self.k_norm), self._heads(x, self.v)
+        size = x.shape[2]
+        k, v = linear(x, self.qkv.weight[size:], self.qkv.bias[size:]).chunk(2, 2)
+        k, v = self._cut(self.k_norm.forward(k)), self._cut(v)
         rings.video.update(k, v, place.tokens, rotation=Rotation(None, place.angles, None, True))
 
 
-class ImageAttention(_Projections):
+class ImageAttention(_Attention):
     """Attention to the tokens of the start image, whose keys and values are computed once."""
+
+    def __init__(self, config: MatrixGame2Config, dtype: torch.dtype) -> None:
+        super().__init__(config, dtype)
+        self.q = nn.Linear(config.dim, config.dim, dtype=dtype)
+        self.kv = nn.Linear(config.dim, 2 * config.dim, dtype=dtype)
 
     def keys_values(self, context: Tensor) -> CrossKeyValues:
         """Of the image's tokens `[B, S, D]`."""
         pos = torch.arange(context.shape[1], device=context.device)[None]
-        k, v = self._heads(context, self.k, self.k_norm), self._heads(context, self.v)
-        return CrossKeyValues(k.contiguous(), v.contiguous(), pos, True)
+        k, v = linear(context, self.kv.weight, self.kv.bias).chunk(2, 2)
+        return CrossKeyValues(self._cut(self.k_norm.forward(k)).contiguous(), self._cut(v).contiguous(), pos, True)
 
     def forward(self, x: Tensor, image: CrossKeyValues, place: Place) -> Tensor:
         """x `[B, T, D]` to `[B, T, D]`."""
-        q, S = self._heads(x, self.q, self.q_norm), image.k.shape[2]
-        T, device = q.shape[2], x.device
+        q = self._cut(self.q_norm.forward(linear(x, self.q.weight, self.q.bias)))
+        (T, S), device = (q.shape[2], image.k.shape[2]), x.device
         q_pos = place.tokens.share(("slots", T), lambda: torch.arange(T, device=device)[None])
         known = (Known(0, T, S, 0, 0, True),)
         everything = AttnWindow(lookahead=None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from longburn.models.matrix_game_2.config import PATCH, MatrixGame2Config
-from longburn.weights import Part, Rename, Rule, Skip, Split
+from longburn.weights import Merge, Part, Rename, Rule, Skip, Split
 
 PREFIX = "model."  # of every name in the released files
 
@@ -49,8 +49,13 @@ def _rules(config: MatrixGame2Config, prefix: str) -> Iterable[Rule]:
     theirs, ours = f"{prefix}blocks.{{i}}.", "layers.{i}."
     yield Rename(f"{theirs}modulation", f"{ours}table")
     for part, own in (("self_attn", "attention"), ("cross_attn", "image")):
-        for piece, name in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out")):
-            yield from _both(f"{theirs}{part}.{piece}", f"{ours}{own}.{name}")
+        together = ("q", "k", "v") if own == "attention" else ("k", "v")
+        for kind in ("weight", "bias"):
+            pieces = tuple(Part(f"{theirs}{part}.{piece}.{kind}", config.dim) for piece in together)
+            yield Merge(pieces, f"{ours}{own}.{''.join(together)}.{kind}")
+        if own == "image":
+            yield from _both(f"{theirs}{part}.q", f"{ours}{own}.q")
+        yield from _both(f"{theirs}{part}.o", f"{ours}{own}.out")
         for piece in ("q", "k"):
             yield Rename(f"{theirs}{part}.norm_{piece}.weight", f"{ours}{own}.{piece}_norm.weight")
     yield Rename(f"{theirs}norm3.weight", f"{ours}image_norm_weight")
