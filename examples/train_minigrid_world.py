@@ -25,6 +25,7 @@ from torch import Tensor
 from longburn.models.minigrid.cells import ACTIONS
 from longburn.models.minigrid.measure import ENDED, Explored, drift, explore
 from longburn.models.minigrid.rooms import CELLS, SYMBOLS
+from longburn.models.minigrid.shipped import load_room
 from longburn.models.minigrid.world import RoomConfig, RoomModel
 from minigrid_training.fitting import Schedule, describe, fit, save
 from minigrid_training.fitting import export as export_files
@@ -33,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "build" / "minigrid" / "world.npz"
 PACKAGE_DATA = ROOT / "src" / "longburn" / "models" / "data" / "minigrid_world"
 STEPS = 100  # of an episode
+HARDEST = 4  # cells of a frame that count most: nearly all cells stay what they are, which is soon learnt
 FARTHEST = 4096  # frames from the first one, in positions
 CARD = """# A world model of a MiniGrid room
 
@@ -80,28 +82,29 @@ class Clips:
         self.generator = torch.Generator().manual_seed(seed)
 
     def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Frames `[B, 1 + length, 64]`, actions, token positions, and the frames that follow."""
+        """Frames `[B, 1 + length, 64]`, actions, token positions `[1, T]`, and the frames that follow.
+
+        Clips of one batch are cut at the same time, so that one mask serves them all.
+        """
         g, device = self.generator, self.frames.device
-        row = torch.randint(len(self.frames), (batch, 1), generator=g)
-        start = torch.randint(1, self.actions.shape[1] - self.length + 1, (batch, 1), generator=g)
-        late = torch.randint(FARTHEST, (batch, 1), generator=g) * (torch.rand(batch, 1, generator=g) < 0.5)
-        later = start + torch.arange(self.length)
-        at = torch.cat([torch.zeros_like(start), later], 1).to(device)
-        time_of = torch.cat([torch.zeros_like(start), later + late], 1).to(device)
-        positions = (time_of[:, :, None] * CELLS + torch.arange(CELLS, device=device)).flatten(1)
-        row = row.to(device)
+        row = torch.randint(len(self.frames), (batch, 1), generator=g).to(device)
+        start = torch.randint(1, self.actions.shape[1] - self.length + 1, (1,), generator=g)
+        late = torch.randint(FARTHEST, (1,), generator=g) * (torch.rand(1, generator=g) < 0.5)
+        first, later = torch.zeros(1, dtype=torch.int64), start + torch.arange(self.length)
+        at = torch.cat([first, later]).to(device)
+        time_of = torch.cat([first, later + late]).to(device)
+        positions = (time_of[:, None] * CELLS + torch.arange(CELLS, device=device)).view(1, -1)
         return self.frames[row, at], self.actions[row, at], positions, self.frames[row, at + 1]
 
 
 def clip_loss(model: RoomModel, frames: Tensor, actions: Tensor, positions: Tensor, following: Tensor) -> Tensor:
-    """Nats a cell, over all cells and again over those that change; nothing after an end."""
+    """Nats a cell, over all cells and again over the HARDEST of each frame; nothing after an end."""
     logits = model(frames, actions.long().clamp_max(len(ACTIONS) - 1), positions=positions)
-    loss = F.cross_entropy(logits.flatten(0, 2).float(), following.long().flatten(), reduction="none").view_as(
-        following
-    )
-    goes_on = (actions != ENDED)[..., None]
-    changed = goes_on & (frames != following)
-    return (loss * goes_on).sum() / (goes_on.sum() * CELLS) + (loss * changed).sum() / changed.sum().clamp_min(1)
+    wanted = following.long().flatten()
+    nats = F.cross_entropy(logits.flatten(0, 2).float(), wanted, reduction="none").view_as(following)
+    goes_on = (actions != ENDED).float()
+    both = nats.mean(2) + nats.topk(HARDEST, 2).values.mean(2)
+    return (both * goes_on).sum() / goes_on.sum().clamp_min(1)
 
 
 def corrupted(frames: Tensor, rate: float, generator: torch.Generator) -> Tensor:
@@ -122,10 +125,11 @@ def learn(
     seed: int,
     noise: float,
     length: int,
+    start: Path | None = None,
 ) -> tuple[RoomModel, dict[str, Any]]:
     """A trained model, and the log of its training."""
     torch.manual_seed(seed)
-    model = RoomModel(config).to(device)
+    model = (RoomModel(config) if start is None else load_room(start)).to(device)
     frames, actions = (torch.from_numpy(x).to(device) for x in played)
     held = max(1, len(frames) // 50)  # the last ones are not learnt from
     clips = Clips(frames[:-held], actions[:-held], length, seed)
@@ -143,6 +147,9 @@ def learn(
         "batch": batch,
         "clip": length,
     }
+    if start is not None:
+        before = json.loads((start / "log.json").read_text(encoding="utf-8"))
+        log |= {"before": before, "seconds": round(log["seconds"] + before["seconds"], 1)}
     log["held_out"] = held_out(model, frames[-held:], actions[-held:])
     return model, log | describe(device)
 
@@ -175,12 +182,13 @@ def train(
     noise: Annotated[float, typer.Option(min=0, max=1, help="Share of symbols replaced in what it reads.")] = 0.002,
     device: Annotated[str, typer.Option()] = "cuda",
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    start: Annotated[Path | None, typer.Option(help="Go on from what an earlier `train` wrote here.")] = None,
 ) -> None:
     """Train, and write weights, sizes and log."""
     torch.set_float32_matmul_precision("high")
     held = np.load(data)
     schedule, played = Schedule(steps, seconds, learning_rate), Explored(held["frames"], held["actions"])
-    model, log = learn(RoomConfig(), played, schedule, batch, torch.device(device), seed, noise, clip)
+    model, log = learn(RoomConfig(), played, schedule, batch, torch.device(device), seed, noise, clip, start)
     save(model, model.config.to_dict(), log | {"data": json.loads(str(held["origin"]))}, out)
     print(json.dumps({key: value for key, value in log.items() if key != "training_loss"}))
 
