@@ -29,7 +29,7 @@ from longburn.models.ace_step.v15.small import small_tokenizer
 from longburn.models.ace_step.v15.tasks import DiTVelocity, context_latents, recorded_passes
 from longburn.models.qwen3 import Qwen3, Qwen3Config
 from longburn.rope import RotaryEncoding
-from longburn.weights import TensorInfo, load_checkpoint
+from longburn.weights import StateDictSource, load_checkpoint
 from machine import describe_gpu, describe_machine, machine_line, write_json
 from sheets import Sheet, console
 
@@ -42,17 +42,6 @@ SMALL_CODEC = OobleckConfig(encoder_hidden_size=16, decoder_channels=8, channel_
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 LM = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
 PROMPT, CODES_MADE = 512, 500
-
-
-class State:
-    """A state dict as a source of a checkpoint."""
-
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self.state = state
-        self.tensors = {name: TensorInfo(tuple(x.shape), x.dtype) for name, x in state.items()}
-
-    def read(self, name: str) -> Tensor:
-        return self.state[name]
 
 
 def timed(work: Callable[[], object], device: str, runs: int = RUNS) -> float:
@@ -94,7 +83,7 @@ def transformers_of(config: AceStep15Config, device: str) -> tuple[nn.Module, Ac
             parameter.copy_(1 + 0.1 * drawn if "norm" in name else spread * drawn)
     with torch.device("meta"):
         ours = AceStepDiT(config, dtype=torch.bfloat16)
-    load_checkpoint(ours, State(theirs.state_dict()), diffusers_rules(config)["transformer"], device=device)
+    load_checkpoint(ours, StateDictSource(theirs.state_dict()), diffusers_rules(config)["transformer"], device=device)
     return theirs.eval(), ours.eval()
 
 

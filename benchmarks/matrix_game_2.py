@@ -26,7 +26,7 @@ from longburn.models.matrix_game_2.vae import WanDecoder
 from longburn.models.matrix_game_2.vae_memory import FrameMemory, StreamedDecoder
 from longburn.models.matrix_game_2.vae_recorded import RecordedDecoder
 from longburn.models.matrix_game_2.vae_tiny import TinyDecoder
-from longburn.weights import TensorInfo, in_their_names
+from longburn.weights import StateDictSource, in_their_names
 from machine import describe_gpu, describe_machine, machine_line, write_json
 from matrix_game_2_peer import Peer
 from sheets import Sheet, console
@@ -63,20 +63,9 @@ def random_model(config: MatrixGame2Config, dtype: torch.dtype, device: str) -> 
     return model.eval()
 
 
-class State:
-    """A state dict as a source of a checkpoint."""
-
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self.state = state
-        self.tensors = {name: TensorInfo(tuple(x.shape), x.dtype) for name, x in state.items()}
-
-    def read(self, name: str) -> Tensor:
-        return self.state[name]
-
-
 def released_names(model: MatrixGame2) -> dict[str, Tensor]:
     """The model's weights under their released names; hardly one is copied."""
-    source = in_their_names(State(model.state_dict()), rules(model.config, prefix=""))
+    source = in_their_names(StateDictSource(model.state_dict()), rules(model.config, prefix=""))
     return {name: source.read(name) for name in source.tensors}
 
 

@@ -21,6 +21,7 @@ from longburn.weights import (
     Skip,
     Split,
     Stack,
+    StateDictSource,
     TensorInfo,
     Tied,
     load_checkpoint,
@@ -115,6 +116,18 @@ class Memory:
 
 def is_untouched(model: nn.Module) -> bool:
     return all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
+def test_a_state_dict_is_a_source() -> None:
+    state = {"a": torch.randn(3, 2, dtype=torch.float64), "b": torch.arange(4)}
+    source = StateDictSource(state)
+    assert {name: (info.shape, info.dtype) for name, info in source.tensors.items()} == {
+        "a": ((3, 2), torch.float64),
+        "b": ((4,), torch.int64),
+    }
+    assert source.read("a") is state["a"]
+    with pytest.raises(CheckpointError, match="no tensor 'c' in this state dict"):
+        source.read("c")
 
 
 def test_every_kind_of_rule_places_its_tensors() -> None:

@@ -21,6 +21,7 @@ from longburn.weights.sources import (
     PlacingSource,
     Progress,
     SafetensorsSource,
+    StateDictSource,
     TensorInfo,
     TensorSource,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "Skip",
     "Split",
     "Stack",
+    "StateDictSource",
     "StoreError",
     "TensorInfo",
     "TensorSource",

@@ -55,6 +55,25 @@ class PlacingSource(TensorSource, Protocol):
         """Fill `target`, contiguous, on any device, and of the shape and dtype that the `TensorInfo` says."""
 
 
+class StateDictSource:
+    """The tensors of a state dict, of a module of another library, say. They are not copied: who reads shares them."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = state
+        self._tensors = {name: TensorInfo(tuple(held.shape), held.dtype) for name, held in state.items()}
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor, by name."""
+        return self._tensors
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, where it lies."""
+        if name not in self._state:
+            raise CheckpointError(f"StateDictSource: no tensor {name!r} in this state dict")
+        return self._state[name]
+
+
 SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from longburn.models.ace_step.v15 import AceStep15, AceStep15Config, diffusers_rules
 from longburn.models.ace_step.v15.names import DIFFUSERS_PARTS
-from longburn.weights import TensorInfo, load_checkpoint
+from longburn.weights import StateDictSource, load_checkpoint
 
 ACOUSTIC, WORDS = 8, 24  # channels of latents, size of the text encoder
 
@@ -53,17 +53,6 @@ def tiny_config(shape: str = "2b") -> AceStep15Config:
 
 def official_settings(shape: str = "2b") -> dict[str, Any]:
     return COMMON | TINY[shape]
-
-
-class Dictionary:
-    """A state dict as a source of a checkpoint."""
-
-    def __init__(self, state: dict[str, Tensor]) -> None:
-        self.state = state
-        self.tensors = {name: TensorInfo(tuple(x.shape), x.dtype) for name, x in state.items()}
-
-    def read(self, name: str) -> Tensor:
-        return self.state[name]
 
 
 def diffusers_parts(shape: str = "2b", seed: int = 0) -> dict[str, nn.Module]:
@@ -117,7 +106,7 @@ def ours_of(parts: dict[str, nn.Module], shape: str = "2b") -> AceStep15:
     model = AceStep15(config)
     for directory, rules in diffusers_rules(config).items():
         load_checkpoint(
-            model.get_submodule(DIFFUSERS_PARTS[directory]), Dictionary(parts[directory].state_dict()), rules
+            model.get_submodule(DIFFUSERS_PARTS[directory]), StateDictSource(parts[directory].state_dict()), rules
         )
     return model.eval()
 

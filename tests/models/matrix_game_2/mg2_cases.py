@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longburn.models.matrix_game_2 import FrameWindow, MatrixGame2, MatrixGame2Config
 from longburn.models.matrix_game_2.names import rules
-from longburn.weights import TensorInfo, in_their_names, load_checkpoint
+from longburn.weights import StateDictSource, in_their_names, load_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from matrix_game_2_peer import Peer
@@ -44,17 +44,6 @@ def given(what: str, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(drawn(f"input.{what}", shape))
 
 
-class State:
-    """A state dict as a source of a checkpoint."""
-
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self.state = state
-        self.tensors = {name: TensorInfo(tuple(x.shape), x.dtype) for name, x in state.items()}
-
-    def read(self, name: str) -> Tensor:
-        return self.state[name]
-
-
 def read_case(name: str) -> dict[str, Any]:
     return json.loads((DATA / name / "case.json").read_text())
 
@@ -67,7 +56,7 @@ def case_weights(case: Mapping[str, Any]) -> dict[str, Tensor]:
 def build(config: MatrixGame2Config, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> MatrixGame2:
     with torch.device("meta"):
         model = MatrixGame2(config, dtype=dtype)
-    load_checkpoint(model, State(weights), rules(config, prefix=""))
+    load_checkpoint(model, StateDictSource(weights), rules(config, prefix=""))
     return model.eval()
 
 
@@ -101,7 +90,7 @@ def tiny_weights(config: MatrixGame2Config) -> Mapping[str, Tensor]:
     """In upstream's names, without the prefix."""
     with torch.device("meta"):
         model = MatrixGame2(config)
-    source = in_their_names(State(model.state_dict()), rules(config, prefix=""))
+    source = in_their_names(StateDictSource(model.state_dict()), rules(config, prefix=""))
     return {name: weight(name, info.shape) for name, info in source.tensors.items()}
 
 

@@ -11,20 +11,9 @@ from wan_vae_peers import peer_of
 from longburn.models.matrix_game_2 import MatrixGame2, MatrixGame2Config
 from longburn.models.matrix_game_2.image import VIT_H
 from longburn.models.matrix_game_2.names import rules
-from longburn.weights import TensorInfo, in_their_names
+from longburn.weights import StateDictSource, in_their_names
 
 FOLDERS = {"universal": (4, True), "gta_drive": (2, True), "templerun": (7, False)}
-
-
-class Held:
-    """Tensors as a source of a checkpoint."""
-
-    def __init__(self, state: dict[str, torch.Tensor]) -> None:
-        self.state = state
-        self.tensors = {name: TensorInfo(tuple(x.shape), x.dtype) for name, x in state.items()}
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.state[name]
 
 
 def write_release(folder: Path, *modes: str) -> Path:
@@ -48,7 +37,9 @@ def write_release(folder: Path, *modes: str) -> Path:
         (target / "config.json").write_text(json.dumps(config))
         sizes = MatrixGame2Config.from_config(config)
         model = MatrixGame2(sizes)
-        named = in_their_names(Held({name: x.detach() for name, x in model.state_dict().items()}), rules(sizes))
+        named = in_their_names(
+            StateDictSource({name: x.detach() for name, x in model.state_dict().items()}), rules(sizes)
+        )
         save_file({name: named.read(name).contiguous() for name in named.tensors}, target / "weights.safetensors")
     peer_of().save_pretrained(folder / "vae")
     small = {"intermediate_size": 16, "num_hidden_layers": 2, "image_size": 28, "patch_size": 14}
