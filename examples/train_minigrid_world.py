@@ -98,13 +98,16 @@ class Clips:
 
 
 def clip_loss(model: RoomModel, frames: Tensor, actions: Tensor, positions: Tensor, following: Tensor) -> Tensor:
-    """Nats a cell, over all cells and again over the HARDEST of each frame; nothing after an end."""
+    """Nats a cell: of all cells, of the HARDEST of each frame, and of the corner, which alone shows what is held.
+
+    Nothing after an end.
+    """
     logits = model(frames, actions.long().clamp_max(len(ACTIONS) - 1), positions=positions)
     wanted = following.long().flatten()
     nats = F.cross_entropy(logits.flatten(0, 2).float(), wanted, reduction="none").view_as(following)
     goes_on = (actions != ENDED).float()
-    both = nats.mean(2) + nats.topk(HARDEST, 2).values.mean(2)
-    return (both * goes_on).sum() / goes_on.sum().clamp_min(1)
+    three = nats.mean(2) + nats.topk(HARDEST, 2).values.mean(2) + nats[:, :, 0]
+    return (three * goes_on).sum() / goes_on.sum().clamp_min(1)
 
 
 def corrupted(frames: Tensor, rate: float, generator: torch.Generator) -> Tensor:
