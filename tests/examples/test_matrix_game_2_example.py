@@ -10,7 +10,6 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from longburn.models.minigrid import MemoryPolicy, RoomModel
-from longburn.models.minigrid.world import RoomConfig
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "models" / "matrix_game_2"))
@@ -33,11 +32,11 @@ def run(*options: object) -> str:
 
 
 def test_a_walk_through_the_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    made = []
+    made, load = [], example.load_room
 
     def load_room(**sizes: int) -> RoomModel:
         made.append(sizes)
-        return RoomModel(RoomConfig(dim=32, hidden=32, layers=1, **sizes))
+        return load(**sizes)
 
     monkeypatch.setattr(example, "load_room", load_room)
     shown = run("--seed", 1, "--seed", 2, "--window", 3, "--sink-frames", 0, "-o", tmp_path / "a.gif", "--keys", "up*3")
