@@ -5,10 +5,9 @@ The policy and the world model are those that travel with the package; episodes 
 
 import hashlib
 import math
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +30,7 @@ from longburn.models.minigrid.policy import FULL, SINK_STEPS, STEP, window
 from longburn.models.minigrid.tasks import sees_first_object
 from longburn.sampling import SamplerConfig
 from machine import Parts, describe_machine, machine_line, write_json
+from memory import MIB, memory_bytes
 from sheets import Sheet, console
 
 NAME = "minigrid"
@@ -88,7 +88,7 @@ def play(policy: MemoryPolicy, make: Callable[[], Any], episodes: int, rows: int
     """Whole episodes, `episodes / rows` of every row; what became of each."""
     env = SyncVectorEnv([lambda: Sight(make())] * rows, autoreset_mode=AutoresetMode.NEXT_STEP)
     share, played = math.ceil(episodes / rows), []
-    for turn in rollout(memory_agent(policy), env, seed=seed, sampler=SAMPLER):
+    for turn in rollout(memory_agent(policy), env, seed=seed, sampler=replace(SAMPLER, seed=seed)):
         for ended in turn.ended:
             if ended.number < share:
                 sight: Any = env.envs[ended.row]
@@ -159,14 +159,14 @@ def long_stream(policy: MemoryPolicy, seed: int, advance: Advance) -> dict[str, 
     agent = Agent(parts.encoder, watched, parts.head, parts.codec)
     seconds: list[float] = []
     sizes: list[int] = []
-    peaks: list[float] = []
+    resident: list[float] = []
     last: int | None = None
-    for turn in rollout(agent, env, seed=seed, sampler=SAMPLER):
+    for turn in rollout(agent, env, seed=seed, sampler=replace(SAMPLER, seed=seed)):
         seconds.append(turn.seconds)
         assert watched.cache is not None
         if len(seconds) % 1000 == 0:
             sizes.append(watched.cache.nbytes)
-            peaks.append(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1))
+            resident.append(round(memory_bytes()[0] / MIB, 1))
         advance()
         if turn.ended:
             break
@@ -179,7 +179,7 @@ def long_stream(policy: MemoryPolicy, seed: int, advance: Advance) -> dict[str, 
         "milliseconds": [round(1000 * bucket[len(bucket) // 2], 4) for bucket in buckets],
         "milliseconds_p99": [round(1000 * bucket[int(0.99 * len(bucket))], 4) for bucket in buckets],
         "cache_bytes": sizes,
-        "peak_mib": peaks,
+        "resident_mib": resident,
     }
 
 
@@ -240,7 +240,7 @@ def sheets(result: Mapping[str, Any]) -> list[Sheet]:
         )
         rows += [
             [
-                f"{n} steps on its own frames, {name}",
+                f"{n} step{'s' * (n > 1)} on its own frames, {name}",
                 f"{found['free_cells'][str(n)]:.3%}",
                 f"{found['free_frames'][str(n)]:.2%}",
             ]
@@ -255,13 +255,12 @@ def sheets(result: Mapping[str, Any]) -> list[Sheet]:
 def finding(result: Mapping[str, Any]) -> str:
     """The long stream in words."""
     long, many = result["stream"], result["streams"]
-    times, sizes, peaks = long["milliseconds"], [n / 1024 for n in long["cache_bytes"]], long["peak_mib"]
+    times, sizes, resident = long["milliseconds"], [n / 1024 for n in long["cache_bytes"]], long["resident_mib"]
     return (
         f"One episode of {long['steps']:,} steps ({STEP * long['steps']:,} tokens), window {result['stream_window']} "
         f"steps and the first {SINK_STEPS}: {times[0]:.2f} ms a step in the first thousand, {times[-1]:.2f} in "
         f"the last; a cache of {sizes[0]:.0f} KiB after the first and {sizes[-1]:.0f} KiB after the last, and a "
-        f"process that "
-        f"has taken {peaks[0]:.0f} and {peaks[-1]:.0f} MiB at most. The object was last seen at step "
+        f"process of {resident[0]:.0f} and {resident[-1]:.0f} MiB. The object was last seen at step "
         f"{long['last_sight']}. Of {many['episodes']} such episodes, "
         f"{round(many['success'] * many['episodes'])} ended at the right object."
     )
