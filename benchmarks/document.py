@@ -13,6 +13,7 @@ import cpu_decode
 import cpu_summary
 import gpu
 import gpu_summary
+import minigrid_models
 import streaming_perplexity
 import tiny_gpt_oss
 from machine import ASSETS, machine_line
@@ -81,6 +82,13 @@ def music(result: Mapping[str, Any]) -> str:
     return "\n\n".join([*(sheet.markdown() for sheet in ace_step.sheets(result)), check])
 
 
+def small_worlds(result: Mapping[str, Any]) -> str:
+    """Tables, and what they show."""
+    return "\n\n".join(
+        [*(sheet.markdown() for sheet in minigrid_models.sheets(result)), minigrid_models.finding(result)]
+    )
+
+
 SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     streaming_perplexity.NAME: perplexity,
     cpu_decode.NAME: decode,
@@ -88,6 +96,7 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     tiny_gpt_oss.NAME: small_model,
     gpu.NAME: one_gpu,
     ace_step.NAME: music,
+    minigrid_models.NAME: small_worlds,
 }
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from layers import THETA, M, build, forward, padded, stream, tokens
 from torch import Tensor
 
-from longburn import Alibi, Attention, AttnWindow, CacheManager, DenseBias, RotaryEncoding, use_impl
+from longburn import Alibi, Attention, AttnWindow, CacheManager, DenseBias, Rope3dEncoding, RotaryEncoding, use_impl
 
 WINDOWS = [
     None,
@@ -270,6 +270,12 @@ def test_sizes_that_do_not_divide(arguments: tuple[int, ...], message: str) -> N
     dim, heads, *kv = arguments
     with pytest.raises(ValueError, match=f"Attention: .*{message}.*wanted heads a multiple of kv_heads"):
         Attention(dim, heads, kv_heads=kv[0] if kv else None)
+
+
+def test_relative_sinks_of_three_axes_are_refused() -> None:
+    rope = Rope3dEncoding(12, (2, 3))
+    with pytest.raises(ValueError, match="relative_sinks clamp positions of tokens, which for Rope3dEncoding are rows"):
+        Attention(12, 1, window=AttnWindow(4, sink_tokens=1, relative_sinks=True), rope=rope)
 
 
 def test_relative_sinks_need_rope() -> None:

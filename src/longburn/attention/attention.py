@@ -37,8 +37,8 @@ class Attention(nn.Module):
         bias: a policy added to the scores of every call. What it learns is learned with the layer.
 
     Raises:
-        ValueError: sizes that do not divide, a rope for other heads, relative sinks without rope, or a bias that does
-            not go with the rest.
+        ValueError: sizes that do not divide, a rope for other heads, relative sinks without rope or with one of three
+            axes, or a bias that does not go with the rest.
     """
 
     def __init__(
@@ -72,6 +72,11 @@ class Attention(nn.Module):
         self.window = window or AttnWindow()
         if self.window.relative_sinks and rope is None:
             raise ValueError("Attention: relative_sinks clamp the distance that rope sees, but rope is None")
+        if self.window.relative_sinks and isinstance(rope, Rope3dEncoding):
+            raise ValueError(
+                "Attention: relative_sinks clamp positions of tokens, which for Rope3dEncoding are rows and columns "
+                "too; keep first tokens at their own positions"
+            )
         if rope is not None and rope.head_dim != self.head_dim:
             raise ValueError(f"Attention: rope is for heads of {rope.head_dim}, these are of {self.head_dim}")
         self.rope = rope
