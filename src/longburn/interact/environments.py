@@ -1,5 +1,7 @@
 """Environments of gymnasium's API as rows: one environment, or a vector of them in any autoreset mode."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -66,7 +68,7 @@ def rows_of(env: "Env[Any, Any] | VectorEnv[Any, Any, Any]") -> Rows:
     if not isinstance(env, gym.vector.VectorEnv):
         raise ValueError(f"rows_of: {type(env).__name__}: wanted a gymnasium.Env or gymnasium.vector.VectorEnv")
     mode = env.metadata.get("autoreset_mode")
-    kinds = {
+    kinds: dict[Any, Callable[[Any], Rows]] = {
         gym.vector.AutoresetMode.NEXT_STEP: _NextStep,
         gym.vector.AutoresetMode.SAME_STEP: _SameStep,
         gym.vector.AutoresetMode.DISABLED: _Disabled,
@@ -117,7 +119,7 @@ class _Single:
         return self._utils.concatenate(space, [observation], empty)
 
 
-class _Vector:
+class _Vector(ABC):
     """What the three modes share."""
 
     def __init__(self, env: "VectorEnv[Any, Any, Any]") -> None:
@@ -130,8 +132,8 @@ class _Vector:
         self._waits = np.zeros(self.batch, bool)
         return _first(observations, self.batch, info)
 
-    def step(self, actions: Any) -> Tick:
-        raise NotImplementedError
+    @abstractmethod
+    def step(self, actions: Any) -> Tick: ...
 
     def _stepped(self, actions: Any) -> tuple[Any, NDArray[np.float64], Flags, Flags, dict[str, Any]]:
         observations, rewards, terminated, truncated, info = self._env.step(actions)

@@ -133,6 +133,6 @@ class _Eye:
             return self._last[1]
         like = self._vae.decoder.like
         picture = read_image(image, self._size).to(like.device)
-        seen = StartImage(picture, self._tower.forward(picture), self._vae.encode_start(picture.to(like.dtype)).latents)
+        seen = StartImage(picture, self._tower.forward(picture), self._vae.encode_start(picture.to(like.dtype)))
         self._last = image, seen
         return seen

@@ -90,7 +90,7 @@ class Rollout:
         self.model, self.settings = model, settings or RolloutSettings()
         config, chosen, device = model.config, self.settings, model.device
         batch = self.batch = len(seeds)
-        self._check(clip, start)
+        self._check(clip, start, None)
         window = FrameWindow(
             config.local_attn_size if chosen.window is None else chosen.window,
             config.sink_size if chosen.sink_frames is None else chosen.sink_frames,
@@ -181,7 +181,7 @@ class Rollout:
         Raises:
             ValueError: shapes that disagree. Nothing has changed then.
         """
-        self._check(clip, start)
+        self._check(clip, start, self._image_tokens)
         device, dtype = self.model.device, self.model.dtype
         self._passes.look(self.model.look(clip.to(device)))
         if start is not None:
@@ -210,7 +210,7 @@ class Rollout:
         if len(seeds) != self.batch:
             raise ValueError(f"Rollout.reset: {len(seeds)} seeds, wanted one for each of {self.batch} streams")
         passes, device = self._passes, self.model.device
-        self._check(clip, start)
+        self._check(clip, start, self._image_tokens)
         noise = BlockNoise(tuple(passes.x.shape), len(passes.fresh), seeds, device)
         if clip is not None:
             passes.look(self.model.look(clip.to(device)))
@@ -263,11 +263,15 @@ class Rollout:
         )
         model.remember(torch.stack([frame.latent for frame in made], 2), passes.clean, prepared, self.caches)
 
-    def _check(self, clip: Tensor | None, start: Tensor | None) -> None:
+    @property
+    def _image_tokens(self) -> int:
+        """How many a start image has."""
+        return self._passes.image[0].k.shape[2]
+
+    def _check(self, clip: Tensor | None, start: Tensor | None, tokens: int | None) -> None:
         batch, channels, (H, W) = self.batch, self.model.config.out_dim, self.settings.latent_size
         if H % PATCH or W % PATCH or min(H, W) < PATCH:
             raise ValueError(f"Rollout: latent_size is {(H, W)}, wanted even numbers (pictures are 8 times as large)")
-        tokens = self._passes.image[0].k.shape[2] if hasattr(self, "_passes") else None
         if clip is not None and (
             clip.dim() != 3
             or (clip.shape[0], clip.shape[2]) != (batch, CLIP_SIZE)

@@ -171,12 +171,12 @@ class WanVae(nn.Module):
             )
         memory.fit("WanVae.encode", pictures[:, :, 0])
 
-    def encode_start(self, image: Tensor) -> "StartLatents":
-        """The latents of a video that is this picture `[B, 3, H, W]` and then mid-grey for ever.
+    def encode_start(self, image: Tensor) -> Tensor:
+        """The latents `[B, C, F, h, w]` of a video that is this picture `[B, 3, H, W]` and then mid-grey for ever.
 
         Every layer looks back a fixed number of frames, so from some frame on all latents are the same, bit for bit:
-        the 29th after the image's own as released. So many are encoded (133 TFLOP at 352 x 640), and stand for a video
-        of any length.
+        the 29th after the image's own as released. So many are encoded (133 TFLOP at 352 x 640), and the last one
+        stands for all further ones.
 
         Raises:
             ValueError: as `encode`.
@@ -187,7 +187,7 @@ class WanVae(nn.Module):
         grey = torch.zeros_like(image)[:, :, None].expand(-1, -1, pace, -1, -1)
         first = self.encode(image[:, :, None], memory)
         later = [self.encode(grey, memory) for _ in range(self.config.encoder_reach // pace + 1)]
-        return StartLatents(torch.cat([first, *later], 2))
+        return torch.cat([first, *later], 2)
 
     @classmethod
     def from_checkpoint(
@@ -214,17 +214,3 @@ class WanVae(nn.Module):
             vae = cls(config, dtype=dtype)
         load_checkpoint(vae, open_any(path), wan_vae_rules(config), device=device, progress=progress)
         return vae.to(device).eval()
-
-
-class StartLatents:
-    """The latents `[B, C, F, h, w]` of a start image, the last of which holds for all later frames."""
-
-    def __init__(self, latents: Tensor) -> None:
-        self.latents = latents
-
-    def frames(self, start: int, stop: int) -> Tensor:
-        """Latent frames start to stop (exclusive) of the endless video, `[B, C, stop - start, h, w]`."""
-        if not 0 <= start < stop:
-            raise ValueError(f"StartLatents.frames: frames {start} to {stop}, wanted 0 <= start < stop")
-        known, last = self.latents[:, :, start:stop], self.latents[:, :, -1:]
-        return torch.cat([known, last.expand(-1, -1, stop - start - known.shape[2], -1, -1)], 2)

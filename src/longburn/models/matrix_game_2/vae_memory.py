@@ -1,5 +1,6 @@
 """What streamed convolutions over time remember between frames, and who decodes video that way."""
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
@@ -88,7 +89,7 @@ class VideoDecoder(Protocol):
         ...
 
 
-class StreamedDecoder(nn.Module):
+class StreamedDecoder(nn.Module, ABC):
     """A decoder that takes one latent frame at a time, whatever it is given: cutting a stream never changes a bit.
 
     Subclasses define `decode_frame`.
@@ -96,9 +97,9 @@ class StreamedDecoder(nn.Module):
 
     latent_channels: int
 
+    @abstractmethod
     def decode_frame(self, latent: Tensor, step: Pass) -> Tensor:
         """One latent frame `[B, C, h, w]` to pictures `[B, 3, n, H, W]`, on the device alone: it can be recorded."""
-        raise NotImplementedError
 
     @property
     def like(self) -> Tensor:
