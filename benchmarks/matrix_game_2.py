@@ -98,6 +98,19 @@ def latencies(step: Callable[[int], object], blocks: range, device: str) -> list
     return taken
 
 
+def forget_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak(device: str) -> dict[str, float]:
+    """GB at most, weights among them: of tensors, and of all that the process has reserved, graphs' memory included."""
+    if device != "cuda":
+        return {}
+    return {"peak_gb": torch.cuda.max_memory_allocated() / 1e9, "reserved_gb": torch.cuda.max_memory_reserved() / 1e9}
+
+
 def figures(taken: list[float]) -> dict[str, float]:
     return {
         "fps": PICTURES / median(taken),
@@ -178,8 +191,7 @@ def held_to_fp32(
 def dit(model: MatrixGame2, clip: Tensor, start: Tensor, settings: RolloutSettings, blocks: int) -> dict[str, Any]:
     """The transformer alone: every block waited for, and all of them in a row."""
     device = model.device.type
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    forget_peak(device)
     rollout = Rollout(model, clip, start, settings=settings)
     for block in range(5):  # the window fills, kernels are compiled, graphs recorded
         rollout.step(*actions(block))
@@ -190,8 +202,7 @@ def dit(model: MatrixGame2, clip: Tensor, start: Tensor, settings: RolloutSettin
         rollout.step(*actions(block))
     wait(device)
     ahead = (time.perf_counter() - began) / blocks
-    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
-    found = {**figures(taken), "fps_ahead": PICTURES / ahead, "recorded": rollout.recorded, "peak_gb": peak}
+    found = {**figures(taken), "fps_ahead": PICTURES / ahead, "recorded": rollout.recorded, **peak(device)}
     return found | {"why_not": rollout.why_not, "caches_gb": rollout.nbytes / 1e9}
 
 
@@ -201,8 +212,7 @@ def with_decoder(
 ) -> dict[str, Any]:
     """From action to pictures; what decodes a block runs beside what remembers it, and beside the next one."""
     device = model.device.type
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    forget_peak(device)
     rollout, recorded, memory = Rollout(model, clip, start, settings=settings), RecordedDecoder(decoder), FrameMemory()
     recorded.prepare(memory, batch=1, height=start.shape[3], width=start.shape[4])
     side = torch.cuda.Stream() if device == "cuda" else None
@@ -225,8 +235,7 @@ def with_decoder(
         step(block)
     wait(device)
     ahead = (time.perf_counter() - began) / blocks
-    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
-    return {**figures(taken), "fps_ahead": PICTURES / ahead, "peak_gb": peak}
+    return {**figures(taken), "fps_ahead": PICTURES / ahead, **peak(device)}
 
 
 @torch.no_grad()

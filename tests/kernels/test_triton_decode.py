@@ -206,6 +206,8 @@ def low_precision(call: AttendCall) -> Tensor:
 
 CACHES: dict[str, dict[str, Any]] = {
     "plain": {"lengths": [331, 20], "slots": 400},
+    "few_slots": {"lengths": [9, 2], "slots": 11, "T": 2, "window": 6, "sink_tokens": 1},
+    "few_fp8_kept_elsewhere": {"lengths": [9, 7], "slots": 13, "T": 3, "before": 3, "fp8": True, "sink_tokens": 3},
     "kept_elsewhere": {"lengths": [331, 20], "slots": 400, "before": 5, "window": 200, "sink_tokens": 5},
     "much_elsewhere": {"lengths": [150], "slots": 200, "before": 300, "T": 3, "window": 170, "sink_tokens": 4},
     "fp8": {"lengths": [331, 20], "slots": 400, "fp8": True},

@@ -21,6 +21,7 @@ MAX_SPLITS = 128
 ROUNDS = 8  # of one block on every multiprocessor, where fewer leave many of them idle
 LEAST_KEYS = 128  # of a split
 SCAN_FROM = 8  # times the window: from here on the positions are read first, to see which tiles to read
+FEW_KEYS = 16  # slots: one tile of one warp, of which a multiprocessor runs many at once
 ALIGNED = 16  # slots: a cut there leaves keys, positions and biases as aligned as they were
 MERGED = 16384  # elements of partial results that a block loads at once
 NO_BIAS = BiasTerms()
@@ -49,8 +50,9 @@ def decode(call: AttendCall) -> AttendResult:
     It does not overlap with the kernels around it: while they still hold some of the multiprocessors, its blocks, one
     for each, would gather on the others.
 
-    How the keys are cut depends on B, K and H * T and on the row's own positions, so a row's bits depend on that row
-    and on B alone; with `torch.use_deterministic_algorithms(True)` not on B either.
+    How the keys are cut depends on B, K and H * T, on whether there are more than a few slots, and on the row's own
+    positions: beside other rows, a row's bits depend on their number B alone, and with
+    `torch.use_deterministic_algorithms(True)` not on that either.
     """
     call = _nearest(call)
     q, k, v, bias = call.q, call.k, call.v, call.bias or NO_BIAS
@@ -63,7 +65,7 @@ def decode(call: AttendCall) -> AttendResult:
     block_d, block_dv = _power_of_two(D), _power_of_two(DV)
     exact = q.dtype == torch.float32
     rows = 32 if G * T > 16 and block_d <= 128 and block_dv <= 128 and not exact else 16
-    ways, keys, least, warps, stages = _tiles(rows, block_d, exact)
+    ways, keys, least, warps, stages = _tiles(rows, block_d, exact, S0 + S <= FEW_KEYS)
     tile = ways * keys
     heads = K * -(-G * T // rows)
     limit = _most_splits(
@@ -157,11 +159,13 @@ def _step(x: Tensor, dim: int) -> int:
 
 
 @cache
-def _tiles(rows: int, block_d: int, exact: bool) -> tuple[int, int, int, int, int]:
+def _tiles(rows: int, block_d: int, exact: bool, few: bool) -> tuple[int, int, int, int, int]:
     """Softmaxes in a block (W), keys of each in a step (N), tiles of a split (at least), warps, and tiles in flight.
 
     With several softmaxes, half of the tiles in flight are positions, by which values are masked on their way.
     """
+    if few:
+        return 1, FEW_KEYS, 2, 1 if block_d <= 128 and not exact else 4, 1
     if exact:  # products in true fp32 are no work for tensor cores: all warps share one small tile
         return 1, 16, LEAST_KEYS // 16, 8, 1 if block_d > 128 else 2
     if block_d > 128:  # a softmax of a warp's own would not fit its registers

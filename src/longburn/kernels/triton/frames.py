@@ -1,4 +1,4 @@
-"""Frames for a causal convolution: norm, activation, and the frames before them, in one pass over memory."""
+"""Frames for a causal convolution: norm, activation, and the frames before each, in one pass over memory."""
 
 from typing import TYPE_CHECKING
 
@@ -26,23 +26,24 @@ def _norm_frames(
     inside = (pixel[:, None] < pixels) & (column[None, :] < channels)
     frame = pixels.to(tl.int64) * channels
     x += row * T * frame
-    y += row * (T + 2) * frame
+    y += row * 3 * T * frame + pixel[:, None] * (3 * channels) + column[None, :]
     past += row * 2 * frame
     w = tl.load(weight + column, mask=column < channels, other=0.0).to(tl.float32)
     if HAS_BIAS:
         b = tl.load(bias + column, mask=column < channels, other=0.0).to(tl.float32)
     older = tl.load(past + at, mask=inside, other=0.0)
     newer = tl.load(past + frame + at, mask=inside, other=0.0)
-    tl.store(y + at, older, mask=inside)
-    tl.store(y + frame + at, newer, mask=inside)
     for t in tl.static_range(T):
         wide = tl.load(x + t * frame + at, mask=inside, other=0.0).to(tl.float32)
         if HAS_BIAS:
             wide += b[None, :]
         normed = wide * tl.rsqrt(tl.sum(wide * wide, 1) / channels + EPS)[:, None] * w[None, :]
-        older = newer
-        newer = (normed * tl.sigmoid(normed)).to(y.dtype.element_ty)
-        tl.store(y + (t + 2) * frame + at, newer, mask=inside)
+        current = (normed * tl.sigmoid(normed)).to(past.dtype.element_ty)
+        beside = y + t * 3 * frame
+        tl.store(beside, older, mask=inside)
+        tl.store(beside + channels, newer, mask=inside)
+        tl.store(beside + 2 * channels, current, mask=inside)
+        older, newer = newer, current
     tl.debug_barrier()  # other threads of this program may not have read the old ones yet
     tl.store(past + at, older, mask=inside)
     tl.store(past + frame + at, newer, mask=inside)
@@ -70,7 +71,7 @@ def norm_frames(call: "FramesCall") -> Tensor:
 
     x, weight, past, bias = call
     B, T, H, W, C = x.shape
-    y = torch.empty(B, T + 2, H, W, C, dtype=x.dtype, device=x.device)
+    y = torch.empty(B, T, H, W, 3 * C, dtype=x.dtype, device=x.device)
     if y.numel():
         columns = triton.next_power_of_2(C)
         rows = max(TILE // columns, 1)

@@ -33,14 +33,20 @@ def channels(row, valid, R, D, weight, PAD: tl.constexpr, INTERLEAVED: tl.conste
     normalised.
     """
     d = tl.arange(0, PAD)[None, :]
-    partner = d ^ 1 if INTERLEAVED else tl.where(d < R // 2, d + R // 2, d - R // 2)
     x = tl.load(row[:, None] + d, mask=valid[:, None] & (d < D), other=0.0).to(tl.float32)
-    other = tl.load(row[:, None] + partner, mask=valid[:, None] & (d < R), other=0.0).to(tl.float32)
+    factor = None
     if weight is not None:
         factor = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)[:, None]
         x *= factor * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-        other *= factor * tl.load(weight + partner, mask=d < R, other=0.0).to(tl.float32)
-    return x, other
+    if INTERLEAVED:  # partners lie side by side, in one thread
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], PAD // 2, 2]))
+        return x, tl.reshape(tl.join(odd, even), [x.shape[0], PAD])
+    else:
+        partner = tl.where(d < R // 2, d + R // 2, d - R // 2)
+        other = tl.load(row[:, None] + partner, mask=valid[:, None] & (d < R), other=0.0).to(tl.float32)
+        if weight is not None:
+            other *= factor * tl.load(weight + partner, mask=d < R, other=0.0).to(tl.float32)
+        return x, other
 
 
 @triton.jit

@@ -5,12 +5,14 @@ are 4 T - 3 pictures. Both halves look back only and remember the frames they ne
 and time however long it is.
 """
 
+from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from longburn.kernels.frames import REMEMBERED
+from longburn.kernels.frames import REMEMBERED, side_by_side
 from longburn.models.matrix_game_2.vae_blocks import (
     CausalConv,
     Downsample,
@@ -25,6 +27,8 @@ from longburn.models.matrix_game_2.vae_names import wan_vae_rules
 from longburn.models.settings import read_settings
 from longburn.weights import Progress, load_checkpoint
 from longburn.weights.pickled import open_any
+
+TOGETHER = 2  # frames in the layers with large pictures, whose memory this bounds
 
 
 class Middle(nn.Module):
@@ -53,20 +57,22 @@ class WanEncoder(nn.Module):
             blocks = [ResidualBlock(before if n == 0 else width, width) for n in range(config.num_res_blocks)]
             self.stages.append(nn.ModuleList(blocks))
         self.downs = nn.ModuleList(map(Downsample, widths, config.temperal_downsample))
+        self.large = (*config.temperal_downsample, True).index(True)  # stages
         self.middle = Middle(widths[-1])
         self.norm, self.exit = Norm(widths[-1]), CausalConv(widths[-1], 2 * config.z_dim)
         self.latents = nn.Linear(2 * config.z_dim, 2 * config.z_dim)
 
     def forward(self, x: Tensor, step: Pass) -> Tensor:
         """Pictures `[B, n, H, W, 3]`, one first and then four, to `[B, 1, h, w, 2 C]`."""
-        x = self.entry.forward(step.extend(x, REMEMBERED))
-        for i, stage in enumerate(self.stages):
-            for block in stage:  # type: ignore[attr-defined]
-                x = block(x, step)
-            if i < len(self.downs):
-                x = self.downs[i](x, step)
+        x = torch.cat([self._large(piece, step) for piece in step.pieces(x, TOGETHER)], 1)
+        x = _through(x, step, self.stages[self.large :], self.downs[self.large :])
         x = self.middle.forward(x, step)
         return self.latents.forward(self.exit.forward(self.norm.activated(x, step)))
+
+    def _large(self, x: Tensor, step: Pass) -> Tensor:
+        """The layers before frames become fewer."""
+        x = self.entry.forward(side_by_side(step.extend(x, REMEMBERED)))
+        return _through(x, step, self.stages[: self.large], self.downs[: self.large])
 
 
 class WanDecoder(StreamedDecoder):
@@ -96,6 +102,7 @@ class WanDecoder(StreamedDecoder):
             blocks = [ResidualBlock(before if n == 0 else width, width) for n in range(config.num_res_blocks + 1)]
             self.stages.append(nn.ModuleList(blocks))
         self.ups = nn.ModuleList(map(Upsample, widths, config.temperal_downsample[::-1]))
+        self.small = len(self.ups) - (*config.temperal_downsample, True).index(True)  # stages
         self.norm, self.exit = Norm(widths[-1]), CausalConv(widths[-1], 3)
         self.to(dtype)
         with torch.device("cpu"):  # no checkpoint holds them
@@ -105,13 +112,24 @@ class WanDecoder(StreamedDecoder):
     def decode_frame(self, latent: Tensor, step: Pass) -> Tensor:
         x = latent.movedim(1, -1)[:, None]
         x = self.latents.forward((x * self.std + self.mean).to(latent.dtype))
-        x = self.middle.forward(self.entry.forward(step.extend(x, REMEMBERED)), step)
-        for i, stage in enumerate(self.stages):
-            for block in stage:  # type: ignore[attr-defined]
-                x = block(x, step)
-            if i < len(self.ups):
-                x = self.ups[i](x, step)
-        return self.exit.forward(self.norm.activated(x, step)).clamp_(-1, 1).movedim(-1, 1)
+        x = self.middle.forward(self.entry.forward(side_by_side(step.extend(x, REMEMBERED))), step)
+        x = _through(x, step, self.stages[: self.small], self.ups[: self.small])
+        pictures = [self._large(piece, step) for piece in step.pieces(x, TOGETHER)]
+        return torch.cat(pictures, 1).clamp_(-1, 1).movedim(-1, 1)
+
+    def _large(self, x: Tensor, step: Pass) -> Tensor:
+        """The layers after frames have become more."""
+        x = _through(x, step, self.stages[self.small :], self.ups[self.small :])
+        return self.exit.forward(self.norm.activated(x, step))
+
+
+def _through(x: Tensor, step: Pass, stages: Iterable[nn.Module], changes: Iterable[nn.Module]) -> Tensor:
+    """Stages of residual blocks, each but perhaps the last followed by a change of size."""
+    for stage, change in zip_longest(stages, changes):
+        for block in stage:  # type: ignore[attr-defined]
+            x = block(x, step)
+        x = x if change is None else change(x, step)
+    return x
 
 
 class WanVae(nn.Module):

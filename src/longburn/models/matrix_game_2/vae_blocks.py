@@ -2,7 +2,7 @@
 
 Channels come last, weights too, `[out, time, height, width, in]`: so convolutions read whole rows of channels, and
 those over channels alone, or over channels and time, are matrix products. A convolution over time looks back only, at
-frames that a `Pass` remembers.
+frames that a `Pass` remembers; where it is over pixels too, its frames lie side by side, as channels of one picture.
 """
 
 import torch
@@ -15,20 +15,16 @@ from longburn.models.matrix_game_2.vae_memory import Pass
 
 
 class CausalConv(nn.Module):
-    """A convolution over 3 x 3 pixels of a frame and of the two before it."""
+    """A convolution over 3 x 3 pixels of a frame and the two before it; weights `[out, height, width, time * in]`."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, 3, 3, 3, channels) * (27 * channels) ** -0.5)
+        self.weight = nn.Parameter(torch.randn(out_channels, 3, 3, 3 * channels) * (27 * channels) ** -0.5)
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor, *, bias: bool = True) -> Tensor:
-        """`[B, 2 + T, H, W, C]`, remembered frames first, to `[B, T, H, W, out]`; without bias, it is the caller's to
-        add.
-        """
-        weight, frames = self.weight.permute(0, 4, 1, 2, 3), x.permute(0, 4, 1, 2, 3)
-        y = F.conv3d(frames, weight, self.bias if bias else None, padding=(0, 1, 1))
-        return y.permute(0, 2, 3, 4, 1).contiguous()
+        """`[B, T, H, W, 3 C]`, `side_by_side`, to `[B, T, H, W, out]`; without bias, it is the caller's to add."""
+        return over_pictures(x, self.weight, self.bias if bias else None)
 
 
 class PictureConv(nn.Module):
@@ -44,9 +40,7 @@ class PictureConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, H, W, C]` to `[B, T, H', W', out]`."""
-        weight, pictures = self.weight.permute(0, 3, 1, 2), x.flatten(0, 1).permute(0, 3, 1, 2)
-        y = F.conv2d(pictures, weight, self.bias, self.stride, self.padding).permute(0, 2, 3, 1)
-        return y.reshape(*x.shape[:2], *y.shape[1:])
+        return over_pictures(x, self.weight, self.bias, self.stride, self.padding)
 
 
 class TimeConv(nn.Module):
@@ -76,7 +70,7 @@ class Norm(nn.Module):
         return rms_norm(x, self.weight, norm_eps(x.shape[-1]), round_last=True)
 
     def activated(self, x: Tensor, step: Pass, bias: Tensor | None = None) -> Tensor:
-        """`[B, T, H, W, C]` to `[B, 2 + T, H, W, C]`: normed, through SiLU, and with what came before."""
+        """`[B, T, H, W, C]` to `[B, T, H, W, 3 C]`: normed, through SiLU, and beside what came before."""
         return norm_frames(x, self.weight, step.take(x, REMEMBERED), bias=bias)
 
 
@@ -145,6 +139,13 @@ class Downsample(nn.Module):
             return x
         y = step.extend(x, 1)
         return x if step.first else self.time.forward(y)
+
+
+def over_pictures(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 1) -> Tensor:
+    """A convolution of each of the pictures `[B, T, H, W, C]` with weights `[out, height, width, C]`."""
+    pictures = x.flatten(0, 1).permute(0, 3, 1, 2)
+    y = F.conv2d(pictures, weight.permute(0, 3, 1, 2), bias, stride, padding).permute(0, 2, 3, 1)
+    return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
 def twice_as_large(x: Tensor) -> Tensor:

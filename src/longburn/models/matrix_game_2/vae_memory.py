@@ -1,6 +1,7 @@
 """What streamed convolutions over time remember between frames, and who decodes video that way."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -70,6 +71,13 @@ class Pass:
             self._tensors.append(x.new_zeros(x.shape[0], frames, *x.shape[2:]))
         self._next += 1
         return self._tensors[self._next - 1]
+
+    def pieces(self, x: Tensor, frames: int) -> Iterator[Tensor]:
+        """x `[B, T, H, W, C]` in pieces of so many frames, each for the same layers, which must make all of it."""
+        start = self._next
+        for piece in torch.split(x, frames, 1):
+            self._next = start
+            yield piece
 
     def extend(self, x: Tensor, frames: int) -> Tensor:
         """x with the frames before it, `[B, frames + T, H, W, C]`, the last of which are now the remembered ones."""

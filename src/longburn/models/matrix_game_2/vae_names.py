@@ -20,6 +20,19 @@ class ChannelsLast:
 
 
 @dataclass(frozen=True)
+class TimeInChannels:
+    """Theirs is `[out, in, time, height, width]`, ours `[out, height, width, time * in]` with three times."""
+
+    def to_ours(self, tensor: Tensor) -> Tensor:
+        if tensor.dim() != 5:
+            raise ValueError(f"{list(tensor.shape)} is not [out, in, time, height, width]")
+        return tensor.permute(0, 3, 4, 2, 1).flatten(3)
+
+    def to_theirs(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(*tensor.shape[:3], 3, -1).permute(0, 4, 3, 1, 2)
+
+
+@dataclass(frozen=True)
 class Ones:
     """Theirs has `count` more dimensions at the end, all of size 1."""
 
@@ -35,7 +48,7 @@ class Ones:
         return tensor.reshape(*tensor.shape, *(1,) * self.count)
 
 
-_CONVOLUTION, _OVER_CHANNELS, _IN_PICTURES = ChannelsLast(), Ones(3), Ones(2)
+_CAUSAL, _CONVOLUTION, _OVER_CHANNELS, _IN_PICTURES = TimeInChannels(), ChannelsLast(), Ones(3), Ones(2)
 
 
 def wan_vae_rules(config: WanVaeConfig, *, save_as: str = "diffusers") -> tuple[Rule, ...]:
@@ -69,7 +82,7 @@ def _norm(theirs: str, ours: str, dims: int) -> Rule:
 def _residual(theirs: str, ours: str, names: tuple[str, str, str, str, str]) -> list[Rule]:
     norm1, conv1, norm2, conv2, shortcut = (f"{theirs}.{name}" for name in names)
     rules = [_norm(norm1, f"{ours}.norm1", 3), _norm(norm2, f"{ours}.norm2", 3)]
-    rules += _of(conv1, f"{ours}.conv1", _CONVOLUTION) + _of(conv2, f"{ours}.conv2", _CONVOLUTION)
+    rules += _of(conv1, f"{ours}.conv1", _CAUSAL) + _of(conv2, f"{ours}.conv2", _CAUSAL)
     return rules + _of(shortcut, f"{ours}.shortcut", _OVER_CHANNELS)
 
 
@@ -96,9 +109,7 @@ def _diffusers(config: WanVaeConfig) -> list[Rule]:
         "post_quant_conv", "decoder.latents", _OVER_CHANNELS
     )
     for half in ("encoder", "decoder"):
-        rules += _of(f"{half}.conv_in", f"{half}.entry", _CONVOLUTION) + _of(
-            f"{half}.conv_out", f"{half}.exit", _CONVOLUTION
-        )
+        rules += _of(f"{half}.conv_in", f"{half}.entry", _CAUSAL) + _of(f"{half}.conv_out", f"{half}.exit", _CAUSAL)
         rules.append(_norm(f"{half}.norm_out", f"{half}.norm", 3))
         rules += _attention(f"{half}.mid_block.attentions.0", f"{half}.middle.attention")
         for n, ours in enumerate(("before", "after")):
@@ -113,9 +124,7 @@ def _diffusers(config: WanVaeConfig) -> list[Rule]:
 def _released(config: WanVaeConfig) -> list[Rule]:
     rules = _of("conv1", "encoder.latents", _OVER_CHANNELS) + _of("conv2", "decoder.latents", _OVER_CHANNELS)
     for half in ("encoder", "decoder"):
-        rules += _of(f"{half}.conv1", f"{half}.entry", _CONVOLUTION) + _of(
-            f"{half}.head.2", f"{half}.exit", _CONVOLUTION
-        )
+        rules += _of(f"{half}.conv1", f"{half}.entry", _CAUSAL) + _of(f"{half}.head.2", f"{half}.exit", _CAUSAL)
         rules.append(_norm(f"{half}.head.0", f"{half}.norm", 3))
         rules += _attention(f"{half}.middle.1", f"{half}.middle.attention")
         for n, ours in ((0, "before"), (2, "after")):
