@@ -126,7 +126,7 @@ class WanDecoder(StreamedDecoder):
 def _through(x: Tensor, step: Pass, stages: Iterable[nn.Module], changes: Iterable[nn.Module]) -> Tensor:
     """Stages of residual blocks, each but perhaps the last followed by a change of size."""
     for stage, change in zip_longest(stages, changes):
-        for block in stage:  # type: ignore[attr-defined]
+        for block in stage:  # type: ignore[union-attr]
             x = block(x, step)
         x = x if change is None else change(x, step)
     return x
