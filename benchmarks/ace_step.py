@@ -268,10 +268,10 @@ def sheets(result: Mapping[str, Any]) -> list[Sheet]:
             ratio = record["diffusers"] / record["longburn"]
             rows.append([record["case"], *times, f"{ratio:.1f}x", f"{1e3 * floor:.1f} ms"])
     found = [Sheet("ACE-Step 1.5, 2B, 8 steps", ("length", "longburn", "diffusers", "ratio", "floor"), rows)]
-    if whole := result.get("piece"):
-        peak = "-" if whole["peak_bytes"] is None else f"{whole['peak_bytes'] / 2**30:.2f} GiB"
-        line = [whole["case"], f"{whole['latents']:.2f} s", f"{whole['decoding']:.2f} s", peak]
-        found.append(Sheet("A whole piece, batch 1", ("", "latents", "decoding", "device memory"), [line]))
+    whole = result["piece"]
+    peak = "-" if whole["peak_bytes"] is None else f"{whole['peak_bytes'] / 2**30:.2f} GiB"
+    line = [whole["case"], f"{whole['latents']:.2f} s", f"{whole['decoding']:.2f} s", peak]
+    found.append(Sheet("A whole piece, batch 1", ("", "latents", "decoding", "device memory"), [line]))
     lm = result["language model"]
     line = [lm["case"], f"{lm['longburn']:.0f}", f"{lm['transformers']:.1f}", f"{result['read'] / lm['bytes']:.0f}"]
     return [*found, Sheet("Steps a second", ("", "longburn", "transformers", "floor"), [line])]

@@ -13,6 +13,7 @@ import cpu_decode
 import cpu_summary
 import gpu
 import gpu_summary
+import matrix_game_2
 import minigrid_models
 import streaming_perplexity
 import tiny_gpt_oss
@@ -82,6 +83,11 @@ def music(result: Mapping[str, Any]) -> str:
     return "\n\n".join([*(sheet.markdown() for sheet in ace_step.sheets(result)), check])
 
 
+def played(result: Mapping[str, Any]) -> str:
+    """The table, and what it rests on."""
+    return "\n\n".join([*(sheet.markdown() for sheet in matrix_game_2.sheets(result)), matrix_game_2.finding(result)])
+
+
 def small_worlds(result: Mapping[str, Any]) -> str:
     """Tables, and what they show."""
     return "\n\n".join(
@@ -96,6 +102,7 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     tiny_gpt_oss.NAME: small_model,
     gpu.NAME: one_gpu,
     ace_step.NAME: music,
+    matrix_game_2.NAME: played,
     minigrid_models.NAME: small_worlds,
 }
 

@@ -5,7 +5,6 @@ fp32, over the same noise and actions: in bf16 ours may be at most half as far a
 `--small` tries the script anywhere; its times mean nothing.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -17,9 +16,9 @@ import torch
 import typer
 from torch import Tensor
 
-from gpu_timing import distance
+from gpu_timing import ceilings, distance
 from longburn.models.matrix_game_2 import ActionConfig, MatrixGame2, MatrixGame2Config, Rollout, RolloutSettings
-from longburn.models.matrix_game_2.config import CLIP_SIZE, CLIP_TOKENS, LATENT_SIZE, MASK_CHANNELS, STEPS
+from longburn.models.matrix_game_2.config import CLIP_SIZE, CLIP_TOKENS, LATENT_SIZE, MASK_CHANNELS, PATCH, STEPS
 from longburn.models.matrix_game_2.names import rules
 from longburn.models.matrix_game_2.sampler import TIMESTEPS, BlockNoise, noise_levels
 from longburn.models.matrix_game_2.vae import WanDecoder
@@ -33,6 +32,8 @@ from sheets import Sheet, console
 
 NAME = "matrix_game_2"
 BLOCKS, PEER_BLOCKS, CHECKED, ENDLESS = 60, 6, 5, 2000
+HEADER = ("", "FPS", "p50", "p99", "FPS in a row", "GB of tensors", "GB reserved")
+MORE = {"fps_ahead": 1, "peak_gb": 2, "reserved_gb": 2}  # columns, and their digits
 PICTURES = 12  # of a block after the first
 WORSE = 1.5
 SMALL_SIZES = {"dim": 96, "ffn_dim": 192, "num_heads": 4, "num_layers": 3}
@@ -117,6 +118,19 @@ def figures(taken: list[float]) -> dict[str, float]:
         "p50": median(taken),
         "p99": quantiles(taken, n=100, method="inclusive")[98] if len(taken) > 1 else taken[0],
     }
+
+
+def block_flops(config: MatrixGame2Config, size: tuple[int, int]) -> float:
+    """FLOP of a block in the middle of a stream: products with weights, and attention, of four whole passes."""
+    with torch.device("meta"):
+        weights = MatrixGame2(config).state_dict()
+    places = size[0] * size[1] // PATCH**2
+    tokens, seen, width = 3 * places, config.local_attn_size, config.action_config.mouse_hidden_dim
+    once = ("table", "time", "image.fc", "image.kv", "signal", "embed", "keyboard.kv", "condition")
+    per_token = sum(w.numel() for name, w in weights.items() if w.dim() > 1 and not any(part in name for part in once))
+    keys = config.num_layers * config.dim * (seen * places + CLIP_TOKENS)
+    keys += len(config.action_config.blocks) * (width + config.action_config.keyboard_hidden_dim) * seen
+    return (len(STEPS["universal"]) + 1) * tokens * (2.0 * per_token + 4.0 * keys)
 
 
 class PeerRollout:
@@ -272,9 +286,22 @@ def sheets(result: Mapping[str, Any]) -> list[Sheet]:
     for name in ("longburn", "plain", *(name for name in result if name.startswith("with "))):
         found = result[name]
         milliseconds = [f"{1e3 * found[key]:.1f} ms" for key in ("p50", "p99")]
-        ahead = f"{found['fps_ahead']:.1f}" if "fps_ahead" in found else "-"
-        rows.append([name, f"{found['fps']:.1f}", *milliseconds, ahead])
-    return [Sheet("Matrix-Game 2, universal, 352 x 640", ("", "FPS", "p50", "p99", "in a row"), rows)]
+        more = [f"{found[key]:.{digits}f}" if key in found else "-" for key, digits in MORE.items()]
+        rows.append([name, f"{found['fps']:.1f}", *milliseconds, *more])
+    return [Sheet("Matrix-Game 2, universal, 352 x 640", HEADER, rows)]
+
+
+def finding(result: Mapping[str, Any]) -> str:
+    """What the table rests on."""
+    errors, endless, speed = result["errors"], result["endless"], result["flops"]
+    floor = result["block_flops"] / speed
+    return (
+        f"Floor of the transformer: {result['block_flops'] / 1e12:.1f} TFLOP a block at {speed / 1e12:.0f} TFLOP/s are "
+        f"{1e3 * floor:.1f} ms, {PICTURES / floor:.0f} FPS. Check in the same run: blocks in bf16 are at most "
+        f"{errors['longburn']:.2%} off the plain transformer's in fp32, the plain one's own {errors['plain']:.2%}. A "
+        f"small model made {endless['blocks']:,} blocks, {endless['frames']:,} latent frames: memory grew by "
+        f"{endless['grown_bytes']} bytes, and no number was larger than {endless['largest']:.1f}."
+    )
 
 
 def main(
@@ -292,6 +319,7 @@ def main(
     model = random_model(config, torch.bfloat16, device)
     clip, start = image_of(config, size, device)
     result: dict[str, Any] = {"machine": describe_machine() | describe_gpu()}
+    result |= {"block_flops": block_flops(config, size), "flops": ceilings()["matmul"] if device == "cuda" else 1e11}
     count = 4 if small_sizes else blocks
     result["longburn"] = dit(model, clip, start, settings, count)
     decoders = {"Wan VAE": WanDecoder(dtype=torch.float16), "tiny decoder": TinyDecoder(dtype=torch.float16)}
@@ -307,7 +335,7 @@ def main(
     for sheet in sheets(result):
         console().print(sheet.rich())
     console().print(machine_line(result["machine"]))
-    console().print(json.dumps({key: value for key, value in result.items() if key != "machine"}))
+    console().print(finding(result))
     if not small_sizes:
         write_json(NAME, result)
 
