@@ -23,7 +23,7 @@ run: model ## install, fetch the default model, stream text through a rolling ca
 	$(BIN)/longburn generate --window 1024 --sink-tokens 4 --max-new-tokens 200 --temperature 0 --prompt "$(PROMPT)"
 
 test: lint types docs model ## all that CI runs: lint, types, docs, then the tests (README and examples executed)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lint: $(DEV) ## ruff: lint and formatting
 	$(BIN)/ruff check .
