@@ -49,9 +49,11 @@ def test_what_does_not_belong_together_is_refused() -> None:
         (x, weight, past[:, :1]),
         (x, weight, past[..., :4]),
         (x[:, :0], weight, past),
+        (x, weight, past, torch.ones(1)),
+        (x, weight, past, torch.ones(3)),
     ):
         with pytest.raises(ValueError, match=r"norm_frames: .* wanted \[B, T, H, W, C\]"):
-            norm_frames(*wrong)
+            norm_frames(*wrong[:3], bias=wrong[3] if len(wrong) > 3 else None)
     assert bool((past == 1).all())
 
 

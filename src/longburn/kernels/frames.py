@@ -120,10 +120,11 @@ def norm_frames(x: Tensor, weight: Tensor, past: Tensor, *, bias: Tensor | None 
         ValueError: shapes that do not belong together. `past` is then as it was.
     """
     B, T, *size = x.shape
-    if T < 1 or past.shape != (B, REMEMBERED, *size) or weight.shape != x.shape[-1:]:
+    rows = [weight] if bias is None else [weight, bias]
+    if T < 1 or past.shape != (B, REMEMBERED, *size) or any(row.shape != x.shape[-1:] for row in rows):
         raise ValueError(
-            f"norm_frames: x {tuple(x.shape)}, past {tuple(past.shape)} and weight {tuple(weight.shape)}, wanted "
-            f"[B, T, H, W, C], [B, {REMEMBERED}, H, W, C] and [C]"
+            f"norm_frames: x {tuple(x.shape)}, past {tuple(past.shape)}, weight and bias "
+            f"{[tuple(row.shape) for row in rows]}, wanted [B, T, H, W, C], [B, {REMEMBERED}, H, W, C] and [C]"
         )
     return OPERATION(FramesCall(x, weight, past, bias))
 

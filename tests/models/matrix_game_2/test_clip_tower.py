@@ -179,6 +179,10 @@ def test_a_picture_is_cut_to_the_aspect_and_resized(tmp_path: Path) -> None:
         cut = pixels[box[1] : box[3], box[0] : box[2]]
         wanted = np.asarray(Image.fromarray(cut).resize((640, 352), Image.Resampling.BILINEAR), dtype=np.float32)
         np.testing.assert_allclose(came[0].permute(1, 2, 0).numpy(), wanted / 127.5 - 1, atol=1e-6)
+    upright, exif = Image.fromarray(pixels), Image.Exif()
+    exif[0x0112] = 3  # held upside down
+    upright.rotate(180).save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(read_image(tmp_path / "turned.png"), read_image(upright))
     path = tmp_path / "start.png"
     Image.fromarray(pixels).convert("L").save(path)
     grey = read_image(path, (88, 160))

@@ -201,6 +201,10 @@ BAD_ACTIONS = [
     ("templerun", [0, 1, 0, 0, 0, 0, 0], [0, 0], "the templerun model has none"),
     ("templerun", [0, 1, 0, 0, 0, 0, 1], None, "2 actions at once; templerun wants exactly one"),
     ("gta_drive", [[1, 0], [0, 1]], None, r"keyboard is \(2, 2\)"),
+    ("universal", "w", None, r"keyboard is no array of numbers .*wanted \[4\]"),
+    ("universal", None, None, "keyboard is no array of numbers"),
+    ("universal", [[1, 0], [0]], None, "keyboard is no array of numbers"),
+    ("universal", [1, 0, 0, 1j], None, "complex numbers"),
 ]
 
 
@@ -213,6 +217,7 @@ def test_a_bad_action_changes_nothing(mode: str, keyboard: object, mouse: object
     with pytest.raises(ValueError, match=message) as raised:
         rollout.step(keyboard, mouse)  # type: ignore[arg-type]
     assert "\n" not in str(raised.value)
+    assert str(raised.value).startswith("Rollout.step: ")
     assert torch.equal(rollout.step(good), other.step(good))
 
 
@@ -233,6 +238,49 @@ def test_bad_images_change_nothing() -> None:
     with pytest.raises(ValueError, match="latents of 352 x 640 pictures"):
         Rollout(model, clip, start)
     with pytest.raises(ValueError, match="even numbers"):
-        Rollout(model, clip, start, settings=RolloutSettings(latent_size=(5, 6)))
-    with pytest.raises(ValueError, match="relative_sinks without kept frames"):
-        session(relative_sinks=True)
+        RolloutSettings(latent_size=(5, 6))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"relative_sinks": True}, "relative_sinks without kept frames"),
+        ({"window": 4, "sink_frames": 2}, "do not fit a window of 4"),
+        ({"past_log_weights": (0.0, float("nan"))}, "past_log_weights are .*nan.*wanted numbers"),
+        ({"shift": 0.0}, "shift is 0.0, wanted a number above 0"),
+        ({"shift": float("nan")}, "shift is nan"),
+        ({"shift": -1.0}, "shift is -1.0"),
+        ({"steps": ()}, r"steps are \[\], wanted falling numbers"),
+        ({"steps": (500, 900)}, "wanted falling numbers"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        session(**changes)
+
+
+def test_what_is_done_to_latents_does_not_reach_the_session() -> None:
+    rollout, other = session(), session()
+    clip, start = image(name="b")
+    for one in (rollout, other):
+        for _ in range(2):
+            latents = one.step([1, 0, 0, 0])
+        if one is rollout:
+            latents.zero_()
+        one.reanchor(clip, start)
+    assert torch.equal(rollout.step([1, 0, 0, 0]), other.step([1, 0, 0, 0]))
+
+
+def test_an_interrupted_step_is_not_gone_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout, other = session(), session()
+    wanted = [other.step([1, 0, 0, 0]) for _ in range(2)]
+    rollout.step([1, 0, 0, 0])
+    with monkeypatch.context() as patch:
+        patch.setattr(type(rollout.model), "velocity", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            rollout.step([1, 0, 0, 0])
+    for go_on in (lambda: rollout.step([1, 0, 0, 0]), lambda: rollout.reanchor(image()[0])):
+        with pytest.raises(RuntimeError, match=r"interrupted halfway; reset\(\) begins again"):
+            go_on()
+    rollout.reset([0])
+    assert all(torch.equal(rollout.step([1, 0, 0, 0]), block) for block in wanted)

@@ -1,16 +1,19 @@
 """A release's directory, from its files to a world that gymnasium knows."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from PIL import Image
 from tiny_release import write_release
 
 from longburn.interact import PlayableWorld, WorldModelEnv
 from longburn.models.matrix_game_2 import RolloutSettings
 from longburn.models.matrix_game_2.release import find_parts, load_world
+from longburn.models.matrix_game_2.vae import WanVae
 from longburn.weights import CheckpointError
 
 SMALL = RolloutSettings(latent_size=(4, 6), steps=(1000, 500))
@@ -38,7 +41,7 @@ def test_it_is_an_environment(release: Path, mode: str) -> None:
     check_env(env, skip_render_check=True)
     observation, info = env.reset(seed=1)
     assert observation.shape == (32, 48, 3)
-    assert info["frames"].shape == (1, 32, 48, 3)
+    assert [frame.shape for frame in info["frames"]] == [(32, 48, 3)]
     shown = [env.step(world.action_of(["w"]))[4]["frames"] for _ in range(3)]
     assert [len(frames) for frames in shown] == [9, 12, 12]
 
@@ -77,3 +80,45 @@ def test_a_folder_with_another_model_is_refused(release: Path, tmp_path: Path) -
     (tmp_path / "base_distilled_model").symlink_to(release / "templerun_distilled_model")
     with pytest.raises(CheckpointError, match="holds templerun weights, wanted universal"):
         load_world(tmp_path, settings=SMALL)
+
+
+def test_what_is_cheap_to_see_is_seen_first(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("vae", "image_encoder"):
+        (tmp_path / name).symlink_to(release / name)
+    (tmp_path / "base_distilled_model").symlink_to(release / "templerun_distilled_model")
+    monkeypatch.setattr(WanVae, "encode_start", lambda *given: pytest.fail("the image was encoded"))
+    image = release / "start.png"
+    with pytest.raises(CheckpointError, match="holds templerun weights"):
+        load_world(tmp_path, image=image, settings=SMALL)
+    for changes, message in (
+        ({"window": 4, "sink_frames": 2}, "do not fit a window of 4"),
+        ({"steps": (5, 9)}, "wanted falling numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_world(release, image=image, settings=replace(SMALL, **changes))
+
+
+def test_a_start_image_is_looked_at_again_when_its_pixels_change(
+    release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = Image.new("RGB", (48, 32), "white")
+    world = load_world(release, image=picture, settings=SMALL)
+    encoded = []
+    encode = WanVae.encode_start
+    monkeypatch.setattr(WanVae, "encode_start", lambda vae, image: (encoded.append(image), encode(vae, image))[1])
+    white = world.reset(seed=0).frames
+    world.reset(seed=0, options={"image": picture.copy()})
+    assert not encoded, "the same pixels"
+    picture.paste("black", (0, 0, 48, 32))
+    assert (world.reset(seed=0).frames != white).all()
+    assert len(encoded) == 1
+
+
+def test_an_action_is_whatever_its_space_holds(release: Path) -> None:
+    world = load_world(release, mode="templerun", image=release / "start.png", settings=SMALL)
+    for action in (3, np.int64(3), np.array(3)):
+        assert world.action_space.contains(action)
+        world.reset(seed=0)
+        world.step(action)
+    with pytest.raises(ValueError, match=r"MatrixGameWorld\.step: action .*wanted a number within 0 \.\. 6"):
+        world.step(np.array([3]))

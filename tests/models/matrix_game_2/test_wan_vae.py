@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
             torch.zeros(1, 2, 1, 3, 3),
             r"frames \[1, 2, 3, 3\].*, but this FrameMemory is of WanDecoder\.decode with frames \[1, 2, 2, 3\]",
         ),
-        (torch.zeros(2, 2, 1, 2, 3), "use one for each size, batch and direction"),
+        (torch.zeros(2, 2, 1, 2, 3), "use one for each model, size, batch and direction"),
         (torch.zeros(1, 2, 1, 2, 3, dtype=torch.float64), "float64 on cpu, the decoder is torch.float32"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -213,8 +213,27 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         vae.encode_start(torch.zeros(1, 3, 1, 16, 24))
     with pytest.raises(ValueError, match=r"WanVae\.encode: .* is of WanDecoder\.decode"):
         vae.encode(torch.zeros(1, 3, 4, 16, 24), memory)
+    for base in (4, 8):  # of the same sizes, too
+        other = WanVae(WanVaeConfig(base_dim=base, z_dim=2, latents_mean=(0, 0), latents_std=(1, 1)))
+        with pytest.raises(ValueError, match=r"WanDecoder\.decode of another model .*use one for each model"):
+            other.decode(z[:, :, 1:], memory)
     assert all(torch.equal(a, b) for a, b in zip(kept, memory.tensors, strict=True))
     assert torch.equal(vae.decode(z[:, :, 1:], memory), vae.decode(z)[:, :, 1:])
+
+
+def test_an_interrupted_frame_is_not_gone_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    vae = WanVae(WanVaeConfig(base_dim=4, z_dim=2, latents_mean=(0, 0), latents_std=(1, 1)))
+    z, memory = torch.randn(1, 2, 3, 2, 3), FrameMemory()
+    vae.decode(z[:, :, :1], memory)
+    with monkeypatch.context() as patch:
+        patch.setattr(vae.decoder.exit, "forward", lambda *given: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            vae.decode(z[:, :, 1:2], memory)
+    with pytest.raises(RuntimeError, match=r"WanDecoder\.decode: a pass .* was interrupted; reset\(\)"):
+        vae.decode(z[:, :, 1:2], memory)
+    memory.reset()
+    assert torch.equal(vae.decode(z, memory), vae.decode(z))
 
 
 def test_wrong_settings_are_named() -> None:

@@ -21,7 +21,7 @@ MAX_SPLITS = 128
 ROUNDS = 8  # of one block on every multiprocessor, where fewer leave many of them idle
 LEAST_KEYS = 128  # of a split
 SCAN_FROM = 8  # times the window: from here on the positions are read first, to see which tiles to read
-FEW_KEYS = 16  # slots: one tile of one warp, of which a multiprocessor runs many at once
+FEW_KEYS = 16  # slots of a cache: one tile of one warp, of which a multiprocessor runs many at once
 ALIGNED = 16  # slots: a cut there leaves keys, positions and biases as aligned as they were
 MERGED = 16384  # elements of partial results that a block loads at once
 NO_BIAS = BiasTerms()
@@ -50,9 +50,9 @@ def decode(call: AttendCall) -> AttendResult:
     It does not overlap with the kernels around it: while they still hold some of the multiprocessors, its blocks, one
     for each, would gather on the others.
 
-    How the keys are cut depends on B, K and H * T, on whether there are more than a few slots, and on the row's own
-    positions: beside other rows, a row's bits depend on their number B alone, and with
-    `torch.use_deterministic_algorithms(True)` not on that either.
+    How the keys are cut depends on B, K and H * T, on whether the cache has room for more than a few, and on the row's
+    own positions: beside other rows, a row's bits depend on their number B alone (and, where a cache grows, on how far
+    it has grown for them); with `torch.use_deterministic_algorithms(True)` not on that either.
     """
     call = _nearest(call)
     q, k, v, bias = call.q, call.k, call.v, call.bias or NO_BIAS
@@ -65,7 +65,7 @@ def decode(call: AttendCall) -> AttendResult:
     block_d, block_dv = _power_of_two(D), _power_of_two(DV)
     exact = q.dtype == torch.float32
     rows = 32 if G * T > 16 and block_d <= 128 and block_dv <= 128 and not exact else 16
-    ways, keys, least, warps, stages = _tiles(rows, block_d, exact, S0 + S <= FEW_KEYS)
+    ways, keys, least, warps, stages = _tiles(rows, block_d, exact, _is_small(k, S0))
     tile = ways * keys
     heads = K * -(-G * T // rows)
     limit = _most_splits(
@@ -156,6 +156,16 @@ def _strides(x: Tensor | None, n: int) -> tuple[int, ...] | None:
 def _step(x: Tensor, dim: int) -> int:
     """The stride of a dimension that may stand for many."""
     return 0 if x.shape[dim] == 1 else x.stride(dim)
+
+
+def _is_small(k: Tensor, before: int) -> bool:
+    """Whether keys lie in a buffer without room for many, filled or not: so a recorded step chooses as others do.
+
+    Not in deterministic mode: a cache's size may come from the longest row.
+    """
+    room = k.stride(1) // max(k.stride(2), 1)  # a buffer's slots, and one for what is written nowhere
+    is_buffer = k.shape[2] <= room
+    return is_buffer and before + room <= FEW_KEYS + 1 and not torch.are_deterministic_algorithms_enabled()
 
 
 @cache

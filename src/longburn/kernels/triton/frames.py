@@ -24,7 +24,7 @@ def _norm_frames(
     column = tl.arange(0, CHANNELS)
     at = pixel[:, None] * channels + column[None, :]
     inside = (pixel[:, None] < pixels) & (column[None, :] < channels)
-    frame = pixels.to(tl.int64) * channels
+    frame = tl.cast(pixels, tl.int64) * channels  # `pixels` of 1 is a constant
     x += row * T * frame
     y += row * 3 * T * frame + pixel[:, None] * (3 * channels) + column[None, :]
     past += row * 2 * frame

@@ -7,7 +7,8 @@ from longburn.models.matrix_game_2.checkpoint import load_matrix_game_2
 from longburn.models.matrix_game_2.config import ActionConfig, MatrixGame2Config
 from longburn.models.matrix_game_2.dit import MatrixGame2, Modulation, Prepared
 from longburn.models.matrix_game_2.frames import Caches, FrameWindow, Place, place_of
-from longburn.models.matrix_game_2.rollout import Rollout, RolloutSettings
+from longburn.models.matrix_game_2.rollout import Rollout
+from longburn.models.matrix_game_2.settings import RolloutSettings
 
 __all__ = [
     "ActionConfig",

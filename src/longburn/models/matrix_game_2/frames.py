@@ -1,5 +1,6 @@
 """Rings of latent frames: what a block of frames sees, where it stands, and attention to all that a ring holds."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ class FrameWindow:
             right before the block, the last one for all that are older. Kept frames and the block itself have 0.
 
     Raises:
-        ValueError: the window cannot hold kept frames and a block.
+        ValueError: the window cannot hold kept frames and a block, or weights that are no numbers.
     """
 
     frames: int
@@ -43,6 +44,8 @@ class FrameWindow:
             )
         if self.relative_sinks and not self.sink_frames:
             raise ValueError("FrameWindow: relative_sinks without kept frames; give sink_frames")
+        if not all(weight < math.inf for weight in self.past_log_weights):
+            raise ValueError(f"FrameWindow: past_log_weights are {self.past_log_weights}, wanted numbers or -inf")
 
     def ring(self, tokens: int, *, sinks: bool) -> tuple[AttnWindow, int]:
         """The window and capacity of a cache with so many tokens a frame, which holds exactly what a block may see.

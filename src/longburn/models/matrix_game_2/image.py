@@ -76,7 +76,8 @@ def _opened(image: Image | str | Path) -> Image:
         if isinstance(image, str | Path):
             picture = pillow.open(image)
         if isinstance(picture, pillow.Image):
-            opened: Image = picture.convert("RGB")  # a damaged file shows here
+            # A damaged file shows here. Cameras write down how they were held.
+            opened: Image = _need("PIL.ImageOps", "read_image", "Pillow").exif_transpose(picture).convert("RGB")
             return opened
     except (OSError, ValueError) as error:
         raise ValueError(f"read_image: {image} cannot be read as a picture: {error}") from error

@@ -10,7 +10,7 @@ import torch
 from longburn.models.matrix_game_2.checkpoint import load_matrix_game_2
 from longburn.models.matrix_game_2.config import MODES
 from longburn.models.matrix_game_2.image import ImageTower, read_image
-from longburn.models.matrix_game_2.rollout import RolloutSettings
+from longburn.models.matrix_game_2.settings import RolloutSettings
 from longburn.models.matrix_game_2.vae import WanVae
 from longburn.models.matrix_game_2.vae_memory import StreamedDecoder
 from longburn.models.matrix_game_2.vae_tiny import TinyDecoder
@@ -95,9 +95,11 @@ def load_world(
     Raises:
         CheckpointError: parts that are missing or damaged, or of another mode; nothing is loaded while one is missing.
         ImportError: transformers is not installed.
-        ValueError: a picture that cannot be read.
+        ValueError: a picture that cannot be read, or settings that do not fit the model; both are seen before anything
+            that takes long.
     """
-    parts = find_parts(path, mode=mode, tiny=tiny)
+    parts, chosen = find_parts(path, mode=mode, tiny=tiny), settings or RolloutSettings()
+    size = PIXELS * chosen.latent_size[0], PIXELS * chosen.latent_size[1]
     place = torch.device(device)
     dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
     codec = torch.float16 if dtype == torch.bfloat16 and place.type != "cpu" else dtype
@@ -105,18 +107,20 @@ def load_world(
     def report(part: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(part, done, total)
 
+    if image is not None:
+        read_image(image, size)
+    model = load_matrix_game_2(
+        parts["transformer"], mode=mode, dtype=dtype, device=place, progress=report("transformer")
+    )
+    chosen.window_of(model.config), chosen.levels_of(model.config)
     tower = ImageTower.from_checkpoint(parts["image"], dtype=dtype, device=place, progress=report("image tower"))
     vae = WanVae.from_checkpoint(parts["vae"], dtype=codec, device=place, progress=report("VAE"))
     decoder: StreamedDecoder = vae.decoder
     if tiny:
         decoder = TinyDecoder.from_checkpoint(parts["tiny"], dtype=codec, device=place, progress=report("decoder"))
-    chosen = settings or RolloutSettings()
-    eye = _Eye(tower, vae, (PIXELS * chosen.latent_size[0], PIXELS * chosen.latent_size[1]))
+    eye = _Eye(tower, vae, size)
     if image is not None:
         eye(image)
-    model = load_matrix_game_2(
-        parts["transformer"], mode=mode, dtype=dtype, device=place, progress=report("transformer")
-    )
     return MatrixGameWorld(model, decoder, eye, image=image, settings=chosen)
 
 
@@ -125,14 +129,13 @@ class _Eye:
 
     def __init__(self, tower: ImageTower, vae: WanVae, size: tuple[int, int]) -> None:
         self._tower, self._vae, self._size = tower, vae, size
-        self._last: tuple[Any, StartImage] | None = None
+        self._last: StartImage | None = None
 
     @torch.no_grad()
     def __call__(self, image: Any) -> StartImage:
-        if self._last is not None and self._last[0] is image:
-            return self._last[1]
         like = self._vae.decoder.like
         picture = read_image(image, self._size).to(like.device)
-        seen = StartImage(picture, self._tower.forward(picture), self._vae.encode_start(picture.to(like.dtype)))
-        self._last = image, seen
-        return seen
+        if self._last is None or not torch.equal(self._last.picture, picture):
+            latents = self._vae.encode_start(picture.to(like.dtype))
+            self._last = StartImage(picture, self._tower.forward(picture), latents)
+        return self._last

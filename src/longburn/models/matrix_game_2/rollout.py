@@ -10,42 +10,15 @@ from longburn.models.matrix_game_2.config import (
     BLOCK_FRAMES,
     CLIP_SIZE,
     CLIP_TOKENS,
-    LATENT_SIZE,
     MASK_CHANNELS,
     PATCH,
-    STEPS,
 )
 from longburn.models.matrix_game_2.dit import MatrixGame2
-from longburn.models.matrix_game_2.frames import Caches, FrameWindow, place_of
+from longburn.models.matrix_game_2.frames import Caches, place_of
 from longburn.models.matrix_game_2.passes import Passes
-from longburn.models.matrix_game_2.sampler import SHIFT, BlockNoise, noise_levels
+from longburn.models.matrix_game_2.sampler import BlockNoise
+from longburn.models.matrix_game_2.settings import RolloutSettings
 from longburn.models.matrix_game_2.signals import Signal, Signals
-
-
-@dataclass(frozen=True)
-class RolloutSettings:
-    """How a session runs. The defaults are those of the released model.
-
-    Args:
-        window: latent frames that a block sees, itself and kept ones among them; None: the model's `local_attn_size`.
-        sink_frames: first frames that are kept for ever; None: the model's `sink_size`.
-        relative_sinks, past_log_weights: see `FrameWindow`.
-        steps: of the sampler, counted from 1000 down; None: those of the model's mode.
-        shift: of the sampler.
-        packed: keep the video's keys and values as fp8, half the memory.
-        latent_size: rows and columns of a latent frame, an eighth of a picture's.
-        record: replay CUDA graphs once the window is full.
-    """
-
-    window: int | None = None
-    sink_frames: int | None = None
-    relative_sinks: bool = False
-    past_log_weights: tuple[float, ...] = ()
-    steps: tuple[int, ...] | None = None
-    shift: float = SHIFT
-    packed: bool = False
-    latent_size: tuple[int, int] = LATENT_SIZE
-    record: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,13 +64,7 @@ class Rollout:
         config, chosen, device = model.config, self.settings, model.device
         batch = self.batch = len(seeds)
         self._check(clip, start, None)
-        window = FrameWindow(
-            config.local_attn_size if chosen.window is None else chosen.window,
-            config.sink_size if chosen.sink_frames is None else chosen.sink_frames,
-            chosen.relative_sinks,
-            chosen.past_log_weights,
-        )
-        levels = noise_levels(chosen.steps or STEPS.get(config.mode, STEPS["universal"]), shift=chosen.shift)
+        window, levels = chosen.window_of(config), chosen.levels_of(config)
         H, W = chosen.latent_size
         tokens = (H // PATCH) * (W // PATCH)
         self.window = window
@@ -110,6 +77,7 @@ class Rollout:
         self._origin = 0  # the frame at which `start` begins
         self._oldest = 0  # the first of the frames that were written one after the other
         self._made: dict[int, _Made] = {}
+        self._whole = True  # False in the middle of a change
         self.frames = 0
 
     @property
@@ -152,8 +120,11 @@ class Rollout:
 
         Raises:
             ValueError: actions of another shape or out of range. Nothing has changed then.
+            RuntimeError: a step before was interrupted.
         """
+        self._check_whole("step")
         keys, moved = self._signals.checked(keyboard, mouse, self.frames)
+        self._whole = False
         heard_keys, heard_mouse = self._signals.hear(keys, moved)
         passes, first = self._passes, self.frames
         self._noise.send(passes.x, passes.fresh)
@@ -165,7 +136,8 @@ class Rollout:
             passes.condition[:, :, i] = self._condition(first + i)
         latents = passes.run(full=self._full(first))
         self.frames += BLOCK_FRAMES
-        self._keep(first, latents, passes.condition.clone(), heard_keys, heard_mouse)
+        self._keep(first, latents.clone(), passes.condition.clone(), heard_keys, heard_mouse)
+        self._whole = True
         self._noise.draw()  # while the device works
         return latents
 
@@ -180,8 +152,11 @@ class Rollout:
 
         Raises:
             ValueError: shapes that disagree. Nothing has changed then.
+            RuntimeError: a step before was interrupted.
         """
+        self._check_whole("reanchor")
         self._check(clip, start, self._image_tokens)
+        self._whole = False
         device, dtype = self.model.device, self.model.dtype
         self._passes.look(self.model.look(clip.to(device)))
         if start is not None:
@@ -195,6 +170,7 @@ class Rollout:
             ring.reset()
         for group in _by_blocks(range(self._oldest, self.frames)):
             self._read_again(group)
+        self._whole = True
 
     @torch.no_grad()
     def reset(self, seeds: Sequence[int | None], clip: Tensor | None = None, start: Tensor | None = None) -> None:
@@ -221,6 +197,11 @@ class Rollout:
         self._signals.reset()
         self._made.clear()
         self.frames = self._origin = self._oldest = 0
+        self._whole = True
+
+    def _check_whole(self, operation: str) -> None:
+        if not self._whole:
+            raise RuntimeError(f"Rollout.{operation}: the call before was interrupted halfway; reset() begins again")
 
     def _full(self, first: int) -> bool:
         """Whether every slot of every ring is filled once the block from `first` on is written."""
@@ -270,8 +251,6 @@ class Rollout:
 
     def _check(self, clip: Tensor | None, start: Tensor | None, tokens: int | None) -> None:
         batch, channels, (H, W) = self.batch, self.model.config.out_dim, self.settings.latent_size
-        if H % PATCH or W % PATCH or min(H, W) < PATCH:
-            raise ValueError(f"Rollout: latent_size is {(H, W)}, wanted even numbers (pictures are 8 times as large)")
         if clip is not None and (
             clip.dim() != 3
             or (clip.shape[0], clip.shape[2]) != (batch, CLIP_SIZE)

@@ -3,6 +3,7 @@
 B rows, N steps. Levels are those of `longburn.diffusion`: 1 is noise, 0 is video; a timestep is 1000 times a level.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -19,11 +20,13 @@ def noise_levels(steps: Sequence[int], *, shift: float = SHIFT) -> Schedule:
     """N + 1 levels, the last one 0, from steps such as (1000, 666, 333), which are counted before the shift.
 
     Raises:
-        ValueError: steps that do not fall within 1000 .. 1.
+        ValueError: steps that do not fall within 1000 .. 1, or a shift that is not above 0.
     """
     falls = all(after < before for before, after in pairwise(steps))
     if not steps or not falls or not 1 <= steps[-1] <= steps[0] <= TIMESTEPS:
         raise ValueError(f"noise_levels: steps are {list(steps)}, wanted falling numbers within {TIMESTEPS} .. 1")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"noise_levels: shift is {shift}, wanted a number above 0")
     return (*(shifted(step / TIMESTEPS, shift) for step in steps), 0.0)
 
 

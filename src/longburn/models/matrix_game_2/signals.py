@@ -37,18 +37,24 @@ class Signals:
         action, n = self.config.action_config, self.pictures(first)
         keys = self._spread("keyboard", keyboard, action.keyboard_dim_in, n)
         if not bool(((keys == 0) | (keys == 1)).all()):
-            raise ValueError(f"keyboard holds {_worst(keys - keys.round().clamp(0, 1), keys)}, wanted 0 or 1 a key")
+            raise ValueError(
+                f"Rollout.step: keyboard holds {_worst(keys - keys.round().clamp(0, 1), keys)}, wanted 0 or 1 a key"
+            )
         if self.config.mode == "templerun" and not bool((keys.sum(-1) == 1).all()):
             pressed = int(keys.sum(-1).flatten()[(keys.sum(-1).flatten() != 1).nonzero()[0, 0]])
-            raise ValueError(f"keyboard holds {pressed} actions at once; templerun wants exactly one (nomove is one)")
+            raise ValueError(
+                f"Rollout.step: keyboard holds {pressed} actions at once; templerun wants exactly one (nomove is one)"
+            )
         if not action.enable_mouse:
             if mouse is not None:
-                raise ValueError(f"mouse was given, but the {self.config.mode} model has none; leave it out")
+                raise ValueError(
+                    f"Rollout.step: mouse was given, but the {self.config.mode} model has none; leave it out"
+                )
             return keys, None
         moved = self._spread("mouse", [0.0] * action.mouse_dim_in if mouse is None else mouse, action.mouse_dim_in, n)
         if not bool((moved.abs() <= MOUSE_LIMIT).all()):  # NaN is not
             raise ValueError(
-                f"mouse holds {_worst(moved.abs().nan_to_num(torch.inf), moved)}, wanted numbers within "
+                f"Rollout.step: mouse holds {_worst(moved.abs().nan_to_num(torch.inf), moved)}, wanted numbers within "
                 f"-{MOUSE_LIMIT} .. {MOUSE_LIMIT} (the models were trained with 0.1)"
             )
         return keys, moved
@@ -64,12 +70,18 @@ class Signals:
         self._keyboard = self._mouse = None
 
     def _spread(self, name: str, signal: Signal, size: int, n: int) -> Tensor:
-        given = torch.as_tensor(signal, dtype=torch.float32, device="cpu")
+        try:
+            given = torch.as_tensor(signal)
+            if given.is_complex():
+                raise TypeError("complex numbers")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"Rollout.step: {name} is no array of numbers ({error}), wanted [{size}]") from error
+        given = given.to("cpu", torch.float32)
         B, shape = self.batch, tuple(given.shape)
         if shape not in ((size,), (B, size), (B, n, size)):
             raise ValueError(
-                f"{name} is {shape}, wanted [{size}], [{B}, {size}] or, one a picture, [{B}, {n}, {size}] "
-                f"for the {self.config.mode} model"
+                f"Rollout.step: {name} is {shape}, wanted [{size}], [{B}, {size}] or, one a picture, "
+                f"[{B}, {n}, {size}] for the {self.config.mode} model"
             )
         return given.expand(B, size)[:, None].expand(B, n, size) if given.dim() < 3 else given
 

@@ -166,9 +166,9 @@ class WanVae(nn.Module):
         chunks = [pictures[:, :, :1]] * single + list(torch.split(pictures[:, :, single:], self.config.time_factor, 2))
         means = []
         for chunk in filter(lambda chunk: chunk.shape[2], chunks):
-            moments = self.encoder.forward(chunk.movedim(1, -1).contiguous(), memory.open())
+            with memory.open() as step:
+                moments = self.encoder.forward(chunk.movedim(1, -1).contiguous(), step)
             means.append(moments[..., : self.config.z_dim])
-            memory.frames += 1
         scaled = (torch.cat(means, 1) - self.decoder.mean) / self.decoder.std
         return scaled.to(pictures.dtype).movedim(-1, 1)
 
@@ -187,7 +187,7 @@ class WanVae(nn.Module):
                 f"WanVae.encode: the pictures are {pictures.dtype} on {pictures.device}, the VAE is {like.dtype} on "
                 f"{like.device}; move one to the other"
             )
-        memory.fit("WanVae.encode", pictures[:, :, 0])
+        memory.fit(self, "WanVae.encode", pictures[:, :, 0])
 
     def encode_start(self, image: Tensor) -> Tensor:
         """The latents `[B, C, F, h, w]` of a video that is this picture `[B, 3, H, W]` and then mid-grey for ever.

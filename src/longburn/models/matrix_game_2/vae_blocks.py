@@ -1,6 +1,6 @@
 """The layers of the Wan 2.1 VAE, on frames `[B, T, H, W, C]`.
 
-Channels come last, weights too, `[out, time, height, width, in]`: so convolutions read whole rows of channels, and
+Channels come last, in weights too: so convolutions read whole rows of channels, and
 those over channels alone, or over channels and time, are matrix products. A convolution over time looks back only, at
 frames that a `Pass` remembers; where it is over pixels too, its frames lie side by side, as channels of one picture.
 """

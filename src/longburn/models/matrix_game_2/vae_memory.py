@@ -1,7 +1,9 @@
 """What streamed convolutions over time remember between frames, and who decodes video that way."""
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -22,36 +24,45 @@ class FrameMemory:
     def __init__(self) -> None:
         self.frames = 0
         self.tensors: list[Tensor] = []
-        self._of: tuple[str, str] | None = None  # who uses it, and for what frames
+        self._of: tuple[weakref.ref[object], str, str] | None = None  # whose it is, and for what frames
+        self._whole = True
 
     def reset(self) -> None:
         """Begin again, for streams of the same size, in the same memory."""
         for tensor in self.tensors:
             tensor.zero_()
-        self.frames = 0
+        self.frames, self._whole = 0, True
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    def fit(self, operation: str, frame: Tensor) -> None:
-        """See that a frame `[B, C, height, width]` belongs to the streams; the first one decides.
+    def fit(self, owner: object, operation: str, frame: Tensor) -> None:
+        """See that a frame `[B, C, height, width]` of `owner` belongs to the streams; the first one decides.
 
         Raises:
-            ValueError: it is for something else, or of another shape, type or device.
+            ValueError: it is of someone else, or of another shape, type or device.
+            RuntimeError: a pass was interrupted.
         """
         came = f"frames {list(frame.shape)} (rows, channels, height, width), {frame.dtype} on {frame.device}"
-        of, had = self._of = self._of or (operation, came)
-        if (of, had) != (operation, came):
+        whose, of, had = self._of = self._of or (weakref.ref(owner), operation, came)
+        if (whose(), of, had) != (owner, operation, came):
+            other = "" if whose() is owner else " of another model"
             raise ValueError(
-                f"{operation}: {came}, but this FrameMemory is of {of} with {had}; use one for each size, batch and "
-                "direction"
+                f"{operation}: {came}, but this FrameMemory is of {of}{other} with {had}; use one for each model, "
+                "size, batch and direction"
             )
+        if not self._whole:
+            raise RuntimeError(f"{operation}: a pass over this FrameMemory was interrupted; reset() begins again")
 
-    def open(self) -> "Pass":
-        """One pass over the next frames; whoever made it counts them afterwards."""
-        return Pass(self)
+    @contextmanager
+    def open(self) -> "Iterator[Pass]":
+        """One pass over the next latent frame, which counts when it ends without an exception."""
+        self._whole = False
+        yield Pass(self)
+        self._whole = True
+        self.frames += 1
 
 
 class Pass:
@@ -127,8 +138,8 @@ class StreamedDecoder(nn.Module, ABC):
         self.check(latents, memory)
         pictures = []
         for latent in latents.unbind(2):
-            pictures.append(self.decode_frame(latent, memory.open()))
-            memory.frames += 1
+            with memory.open() as step:
+                pictures.append(self.decode_frame(latent, step))
         return pictures[0] if len(pictures) == 1 else torch.cat(pictures, 2)
 
     def check(self, latents: Tensor, memory: FrameMemory) -> None:
@@ -147,7 +158,7 @@ class StreamedDecoder(nn.Module, ABC):
                 f"{name}.decode: the latents are {latents.dtype} on {latents.device}, the decoder is {like.dtype} on "
                 f"{like.device}; move one to the other"
             )
-        memory.fit(f"{name}.decode", latents[:, :, 0])
+        memory.fit(self, f"{name}.decode", latents[:, :, 0])
 
 
 def to_uint8(pictures: Tensor) -> Tensor:

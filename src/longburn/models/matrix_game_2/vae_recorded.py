@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from longburn.models.matrix_game_2.vae_memory import FrameMemory, StreamedDecoder
+from longburn.models.matrix_game_2.vae_memory import FrameMemory, Pass, StreamedDecoder
 
 
 @dataclass
@@ -75,5 +75,5 @@ class RecordedDecoder:
         given = latent.clone(memory_format=torch.contiguous_format)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=other.graph.pool() if other else None):
-            pictures = self.decoder.decode_frame(given, memory.open())
+            pictures = self.decoder.decode_frame(given, Pass(memory))
         return _Recording(graph, given, pictures)

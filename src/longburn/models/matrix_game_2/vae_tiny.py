@@ -21,7 +21,7 @@ BLOCKS = 3  # memory blocks in each stage
 
 @dataclass(frozen=True)
 class TinyDecoderConfig:
-    """Sizes; the defaults are `taew2_1` (9.8 M with its encoder).
+    """Sizes; the defaults are `taew2_1` (9.8 M parameters).
 
     Args:
         latent_channels: of the latents.

@@ -14,7 +14,8 @@ from torch import Tensor
 from longburn.interact import WorldStep
 from longburn.models.matrix_game_2.config import KEYS
 from longburn.models.matrix_game_2.dit import MatrixGame2
-from longburn.models.matrix_game_2.rollout import Rollout, RolloutSettings
+from longburn.models.matrix_game_2.rollout import Rollout
+from longburn.models.matrix_game_2.settings import RolloutSettings
 from longburn.models.matrix_game_2.vae_memory import FrameMemory, StreamedDecoder, to_uint8
 from longburn.models.matrix_game_2.vae_recorded import RecordedDecoder
 
@@ -70,6 +71,7 @@ class MatrixGameWorld:
         self.model, self.decoder, self.look, self.image = model, decoder, look, image
         self._pictures = RecordedDecoder(decoder)
         self.mode, self.settings = model.config.mode, settings or RolloutSettings()
+        self.settings.window_of(model.config), self.settings.levels_of(model.config)
         self._rollout: Rollout | None = None
         self._memory = FrameMemory()
         self._stream: torch.cuda.Stream | None = None
@@ -166,6 +168,8 @@ class MatrixGameWorld:
         """Keys and mouse, for `Rollout.step`, which checks their numbers."""
         keys = len(KEYS[self.mode])
         if self.mode == "templerun":
+            if isinstance(action, np.ndarray) and not action.shape:
+                action = action[()]
             if not isinstance(action, int | np.integer) or not 0 <= action < keys:
                 raise ValueError(f"MatrixGameWorld.step: action {action!r}, wanted a number within 0 .. {keys - 1}")
             return [float(i == action) for i in range(keys)], None
