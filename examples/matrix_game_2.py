@@ -11,14 +11,18 @@ environment of gymnasium's API, and an agent plays any such environment by one l
 
 import statistics
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import typer
 
 from longburn.cli.display import progress
 from longburn.cli.main import execute
+from longburn.cli.play import check_output
+from longburn.cli.play_options import PlayOptions
 from longburn.cli.play_video import VideoWriter
+from longburn.cli.usage import wrong_usage
 from longburn.interact import PlayableWorld, WorldModelEnv, evaluate
 from longburn.models.matrix_game_2 import RolloutSettings
 from longburn.models.matrix_game_2.release import load_world
@@ -32,11 +36,11 @@ def walk(world: PlayableWorld, keys: list[str], seed: int, path: Path | None) ->
     """Press keys in a world, one a step; say what it took, and write what was seen."""
     env = WorldModelEnv(world)
     _, info = env.reset(seed=seed)
-    frames, seconds = [info["frames"]], []
+    frames, seconds = [np.stack(info["frames"])], []
     with progress("steps") as show:
         for done, key in enumerate(keys, 1):
-            _, reward, ended, _, info = env.step(world.action_of([key]))
-            frames.append(info["frames"])
+            _, reward, ended, _, info = env.step(world.action_of([key] if key else []))
+            frames.append(np.stack(info["frames"]))
             seconds.append(info["latency"].seconds)
             show(done, len(keys))
             if ended:
@@ -47,7 +51,7 @@ def walk(world: PlayableWorld, keys: list[str], seed: int, path: Path | None) ->
     if path is not None:
         with VideoWriter(path, world.frame_size, world.fps) as video, progress(str(path)) as show:
             for done, some in enumerate(frames, 1):
-                video.add(some)
+                video.add(np.stack(some))
                 show(done, len(frames))
         print(f"{path}: {count} frames at {world.fps:g} a second")
 
@@ -65,8 +69,10 @@ def compare(size: int, episodes: int, seed: int) -> None:
 def main(
     checkpoint: Annotated[Path | None, typer.Option(help="A Matrix-Game 2 release; none: the small room.")] = None,
     image: Annotated[Path | None, typer.Option(help="The picture that the video begins with.")] = None,
-    mode: Annotated[str, typer.Option(help="universal, gta_drive or templerun.")] = "universal",
-    keys: Annotated[str, typer.Option(help='One a step, such as "w*8,left,-".')] = WALK,
+    mode: Annotated[
+        Literal["universal", "gta_drive", "templerun"] | None, typer.Option(help="Of the release. Default: universal.")
+    ] = None,
+    keys: Annotated[str | None, typer.Option(help=f'One a step, such as "w*8,left,-". Default: {WALK}.')] = None,
     interactive: Annotated[bool, typer.Option("--play", help="With the keys of the terminal: longburn play.")] = False,
     agent: Annotated[bool, typer.Option("--agent", help="Let the shipped policy play its task.")] = False,
     episodes: Annotated[int, typer.Option(min=1, help="Of the agent, for each window.")] = 20,
@@ -78,25 +84,32 @@ def main(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="GIF or MP4, one a seed.")] = None,
 ) -> None:
     """Walk through a world by keys, or let an agent play."""
+    for name, given in (("image", image), ("mode", mode), ("sampler", sampler)):
+        if checkpoint is None and given is not None:
+            raise typer.BadParameter(f"--{name} is of Matrix-Game 2: give --checkpoint, its directory")
+    if checkpoint is not None and image is None:
+        raise typer.BadParameter("--checkpoint: wanted --image too, the picture that the video begins with")
+    if output is not None:
+        check_output(output)
     seeds = seed or [0]
     if agent:
         return compare(window_size or 5, episodes, seeds[0])
     if interactive:
-        given = {"--model": checkpoint, "--image": image, "--window": window_size, "--sink-frames": sink_frames}
-        given |= {"--mode": mode if checkpoint else None, "--sampler": sampler, "--output": output, "--seed": seeds[0]}
-        chosen = [str(part) for option in given.items() if option[1] is not None for part in option]
+        options = {"--model": checkpoint, "--image": image, "--window": window_size, "--sink-frames": sink_frames}
+        options |= {"--mode": mode, "--sampler": sampler, "--output": output, "--seed": seeds[0]}
+        options |= {"--keys": keys, "--device": device}
+        chosen = [str(part) for option in options.items() if option[1] is not None for part in option]
         raise typer.Exit(execute(["play", *chosen]))
     world: PlayableWorld
+    asked = PlayOptions(keys=keys or WALK, sampler=sampler)
     if checkpoint is None:
         sizes = {"window": window_size, "sinks": sink_frames}
         world = RoomWorld(load_room(**{name: size for name, size in sizes.items() if size is not None}))
     else:
-        steps = None if sampler is None else tuple(map(int, sampler.split(",")))
-        settings = RolloutSettings(window=window_size, sink_frames=sink_frames, steps=steps)
-        world = load_world(checkpoint, mode=mode, image=image, settings=settings, device=device)
-    pressed = [
-        key for piece in keys.split(",") for key in [piece.partition("*")[0]] * int(piece.partition("*")[2] or 1)
-    ]
+        with wrong_usage():
+            settings = RolloutSettings(window=window_size, sink_frames=sink_frames, steps=asked.sampler_steps())
+            world = load_world(checkpoint, mode=mode or "universal", image=image, settings=settings, device=device)
+    pressed = asked.script(world.controls) or []
     for number in seeds:
         several = output is not None and len(seeds) > 1
         walk(world, pressed, number, output.with_stem(f"{output.stem}-{number}") if output and several else output)

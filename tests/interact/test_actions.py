@@ -82,8 +82,11 @@ def test_continuous_actions() -> None:
     actions = np.array([[1.0, -30.0], [4.0, 2.5]], np.float32)
     assert codec.tokens(actions).tolist() == [[[-0.5, -30.0]], [[1.0, 2.5]]]
     np.testing.assert_array_equal(codec.action(codec.tokens(actions)), actions)
-    with pytest.raises(ValueError, match="component 1 of row 0 is NaN"):
-        codec.action(torch.tensor([[[0.0, torch.nan]]]))
+    for wrong in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match=f"component 1 of row 0 is {wrong}, wanted a finite number"):
+            codec.action(torch.tensor([[[0.0, wrong]]]))
+    with pytest.raises(ValueError, match=r"tokens: component 1 of row 0 is inf"):
+        codec.tokens([[1.0, math.inf]])
 
 
 def test_gaussian_draws() -> None:
@@ -126,6 +129,10 @@ def test_what_is_drawn_beyond_the_bounds_is_clipped_for_model_and_environment() 
         (spaces.MultiDiscrete([2, 2]), [[0, 1, 0]], r"values of shape \[1, 3\], wanted \[B, 2\]"),
         (spaces.MultiDiscrete([2, 2]), [[0, 1], [0, -1]], r"row 1 has \[0, -1\]"),
         (spaces.MultiBinary(2), [[0, 2]], r"row 0 has \[0, 2\]"),
+        (spaces.MultiBinary(2), [[256, 1]], r"row 0 has \[256, 1\], which is not in MultiBinary\(2\)"),
+        (spaces.MultiDiscrete([3, 2], dtype=np.int8), [[2, 1], [257, 1]], r"row 1 has \[257, 1\]"),
+        (spaces.MultiDiscrete([2, 2]), [[0.0, 1.0]], r"row 0 has \[0.0, 1.0\]"),
+        (spaces.Discrete(3), ["left"], "row 0 has left"),
         (spaces.Box(-0.1, 0.1, (2,)), [[0.0, 0.2]], r"row 0 has \[0.0, 0.2\]"),
         (spaces.Box(-0.1, 0.1, (2,)), [[0.0, math.nan]], "nan"),
         (spaces.Box(-0.1, 0.1, (2,)), [0.0], r"values of shape \[1\], wanted \[B, 2\]"),
@@ -138,16 +145,29 @@ def test_actions_of_wrong_shape_or_range(space: spaces.Space, actions: object, m
         assert "\n" not in str(raised.value)
 
 
+def test_a_fraction_is_no_action_of_whole_numbers() -> None:
+    with pytest.raises(ValueError, match=r"row 0 has \[1.5\]"):
+        action_codec(spaces.Box(0, 9, (1,), np.int64), bins=3).tokens([[1.5]])
+
+
 def test_tokens_that_are_none_of_a_component() -> None:
     with pytest.raises(ValueError, match=r"token 1 of row 0 is 2, wanted 3 \.\. 4"):
         action_codec(spaces.MultiDiscrete([3, 2])).action(torch.tensor([[1, 2]]))
+
+
+@pytest.mark.parametrize("tokens", [[[0, 3, 4]], [[0]], [0, 3], [[0.5, 3.0]]], ids=str)
+def test_tokens_of_another_shape(tokens: list) -> None:
+    with pytest.raises(ValueError, match=r"wanted int64 \[B, 2\]: one a component"):
+        action_codec(spaces.MultiDiscrete([3, 2])).action(torch.tensor(tokens))
+    with pytest.raises(ValueError, match=r"tokens of shape \[.*\], wanted \[B, 1, 2\]"):
+        action_codec(spaces.Box(-1, 1, (2,))).action(torch.tensor(tokens))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: action_codec(spaces.Text(5)), "Text is not supported; wanted Discrete"),
-        (lambda: action_codec(spaces.Dict(a=spaces.Discrete(2))), "Dict is not supported"),
+        (lambda: action_codec(spaces.Dict(a=spaces.Discrete(2))), "Dict is not supported.*wrappers.TransformAction"),
         (lambda: action_codec(spaces.Discrete(2), bins=4), "only a Box is cut into bins"),
         (lambda: action_codec(spaces.Box(-np.inf, 1, (2,)), bins=4), "no finite bounds"),
         (lambda: action_codec(spaces.Box(0, 1, (2,)), bins=0), "at least one bin"),

@@ -54,6 +54,7 @@ def test_they_are_what_the_loop_asks_for() -> None:
         (lambda: EmbeddingEncoder(spaces.Box(0, 1), 4), "wanted Discrete, MultiDiscrete or MultiBinary"),
         (lambda: LinearEncoder(spaces.Discrete(3), 4), "wanted a Box"),
         (lambda: PatchEncoder(spaces.Box(0, 255, (4, 6), np.uint8), 4, (2, 2)), "images"),
+        (lambda: PatchEncoder(spaces.Box(0, 1, (4, 6, 3), np.float32), 4, (2, 2)), "images, uint8"),
         (lambda: PatchEncoder(spaces.Box(0, 255, (4, 6, 3), np.uint8), 4, (2, 4)), "do not divide images of 4 x 6"),
         (lambda: LinearEncoder(spaces.Box(0, 1, (3,)), 4).encode(np.zeros((2, 4))), r"\[2, 4\], wanted \[B, 3\]"),
         (
@@ -66,3 +67,19 @@ def test_what_does_not_fit(make, message: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:
         make()
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("space", "observations", "message"),
+    [
+        (spaces.Discrete(5), [4, -1], r"row 1 has -1, which is not in Discrete\(5\)"),
+        (spaces.Discrete(5), [5], "row 0 has 5"),
+        (spaces.Discrete(5), [1.7], "row 0 has 1.7"),
+        (spaces.MultiDiscrete([3, 2]), [[3, 0]], r"row 0 has \[3, 0\]"),
+        (spaces.MultiBinary(2), [[0, 1], [0, 256]], r"row 1 has \[0, 256\]"),
+        (spaces.MultiBinary(2), [0, 1], r"values of shape \[2\], wanted \[B, 2\]"),
+    ],
+)
+def test_an_embedding_is_one_of_the_space(space: spaces.Space, observations: list, message: str) -> None:
+    with pytest.raises(ValueError, match=f"EmbeddingEncoder.encode: {message}"):
+        EmbeddingEncoder(space, 4).encode(np.array(observations))

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from longburn.cache import AttnWindow
-from longburn.interact import Agent, action_codec, evaluate, rollout
+from longburn.interact import Agent, EmbeddingEncoder, LinearEncoder, action_codec, evaluate, rollout
 from longburn.sampling import SamplerConfig
 
 ACTIONS = {
@@ -188,10 +188,25 @@ def test_memory_and_work_of_a_step_do_not_grow() -> None:
 def test_the_last_step_of_an_episode_is_told_where_the_loop_resets() -> None:
     env = Ledger()
     told = [turn.info for turn in rollout(agent_for(env), env, steps=3, seed=0)]
-    assert told == [{"done": 1}, {"final_info": {"done": 2}}, {"done": 1}]
+    plain = Ledger()
+    plain.reset(seed=0)
+    at_the_end = [plain.step(action)[0] for action in env.log[1:3]][-1]
+    assert told == [{"done": 1}, {"final_obs": at_the_end, "final_info": {"done": 2}}, {"done": 1}]
     rows = vector(2, AutoresetMode.DISABLED)
     last = list(rollout(agent_for(rows), rows, steps=2, seed=0))[-1]
     assert last.info["final_info"]["done"].tolist() == [2, 2]
+    plain.reset(seed=0)
+    at_the_end = [plain.step(action)[0] for action in rows.envs[0].log[1:3]][-1]
+    assert last.info["final_obs"].tolist() == [at_the_end, None]  # the other row's episode goes on
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+def test_what_was_acted_upon_outlives_an_environment_that_writes_over_it(mode: AutoresetMode) -> None:
+    def played(copy: bool) -> list[list[int]]:
+        env = SyncVectorEnv([Ledger] * 2, autoreset_mode=mode, copy=copy)
+        return [turn.observations.tolist() for turn in rollout(agent_for(env), env, steps=12, seed=0)]
+
+    assert played(copy=False) == played(copy=True)
 
 
 def test_evaluate_counts_every_row_alike() -> None:
@@ -211,6 +226,9 @@ def test_what_does_not_go_together_is_refused_before_a_reset() -> None:
     other = Agent(agent.encoder, agent.model, agent.head, action_codec(spaces.Discrete(5)))
     with pytest.raises(ValueError, match=r"actions are Discrete\(4\), the codec's Discrete\(5\)"):
         rollout(other, env)
+    blind = Agent(EmbeddingEncoder(spaces.Discrete(9), DIM), agent.model, agent.head, agent.codec)
+    with pytest.raises(ValueError, match=r"observations are Discrete\(11\), the encoder's Discrete\(9\)"):
+        rollout(blind, env)
     with pytest.raises(ValueError, match="dict: wanted a gymnasium"):
         rollout(agent, {})
     with pytest.raises(ValueError, match="-1 steps"):
@@ -245,7 +263,38 @@ def test_what_a_part_gives_wrongly_is_told() -> None:
 
     with pytest.raises(ValueError, match=r"the head gave \[1, 32\], wanted \[1, 4\]"):
         run(head=Wide())
-    with pytest.raises(ValueError, match="row 0 has nothing to choose from"):
+    with pytest.raises(ValueError, match=r"row 0 has no action by its logits: all are NaN or -inf; its observation is"):
         run(head=Empty())
     with pytest.raises(ValueError, match=r"the encoder gave \[1\] for 1 rows"):
         run(encoder=Flat())
+
+
+@pytest.mark.parametrize("mode", [None, *MODES], ids=lambda mode: getattr(mode, "name", "single"))
+def test_an_action_without_end_is_not_sent(mode: AutoresetMode | None) -> None:
+    class Far:
+        def logits(self, hidden):
+            return torch.full((len(hidden), 4), 800.0)
+
+    unbounded = spaces.Box(-np.inf, np.inf, (2,))
+    env = Ledger(unbounded) if mode is None else vector(2, mode, unbounded)
+    agent = agent_for(env)
+    with pytest.raises(ValueError, match="row 0 has no action by its logits: its means or deviations are not finite"):
+        next(rollout(Agent(agent.encoder, agent.model, Far(), agent.codec), env, seed=0))
+    logs = [env.log] if mode is None else [row.log for row in env.envs]
+    assert logs == [["reset"]] * len(logs)
+
+
+def test_an_observation_of_nan_is_told() -> None:
+    class Broken(Ledger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.observation_space = spaces.Box(-1, 1, (2,))
+
+        def _observation(self):
+            return np.array([0.5, np.nan], np.float32)
+
+    agent = agent_for(Ledger())
+    torch.manual_seed(0)
+    reads = Agent(LinearEncoder(Broken().observation_space, DIM).double(), agent.model, agent.head, agent.codec)
+    with pytest.raises(ValueError, match=r"its observation is \[0.5 nan\]"):
+        next(rollout(reads, Broken(), seed=0))

@@ -1,10 +1,13 @@
 """A world model as an environment, by gymnasium's own check and by hand."""
 
+from dataclasses import replace
+
 import gymnasium
 import numpy as np
 import pytest
 import torch
 from acting import DIM, TinyModel
+from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from worlds import DotWorld
@@ -32,11 +35,11 @@ def test_a_step_by_hand() -> None:
     assert env.metadata["render_fps"] == 8.0
     observation, info = env.reset(seed=7, options={"at": (2, 4)})
     assert observation.tolist() == [2, 4]
-    assert info["frames"].shape == (1, 16, 24, 3)
+    assert [frame.shape for frame in info["frames"]] == [(16, 24, 3)]
     assert world.asked[0][1] == {"at": (2, 4)}
     observation, reward, terminated, truncated, info = env.step(3)
     assert (observation.tolist(), reward, terminated, truncated) == ([2, 5], 0.0, False, False)
-    assert info["frames"].shape == (3, 16, 24, 3)
+    assert [frame.shape for frame in info["frames"]] == [(16, 24, 3)] * 3
     assert info["at"] == (2, 5)
     assert 0 < info["latency"].seconds < 1
     np.testing.assert_array_equal(env.render(), info["frames"][-1])
@@ -85,7 +88,7 @@ def test_bad_actions_options_and_frames_are_refused() -> None:
     asked = list(world.asked)
     with pytest.raises(ValueError, match=r"the action 5 is not in Discrete\(5\)"):
         env.step(5)
-    with pytest.raises(ValueError, match=r"an action of shape \[2\] and type int64"):
+    with pytest.raises(ValueError, match=r"the action int64 \[2\] \[0, 1\] is not in"):
         env.step(np.array([0, 1]))
     with pytest.raises(ValueError, match="option 'colour'"):
         env.reset(options={"colour": 1})
@@ -97,6 +100,67 @@ def test_bad_actions_options_and_frames_are_refused() -> None:
         WorldModelEnv(world, horizon=0)
     with pytest.raises(ValueError, match="render_mode 'human', wanted 'rgb_array', 'rgb_array_list' or None"):
         WorldModelEnv(world, render_mode="human")
+
+
+def test_an_action_of_another_type_is_told_by_its_type() -> None:
+    world = DotWorld()
+    world.action_space = spaces.Dict(keys=spaces.MultiBinary(1), mouse=spaces.Box(-1, 1, (2,)))
+    env = WorldModelEnv(world)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"'mouse': float64 \[2\] \[0.0, 0.0\]\} is not in Dict\(.*float32"):
+        env.step({"keys": np.zeros(1, np.int8), "mouse": np.zeros(2)})
+
+
+@pytest.mark.parametrize("seed", [None, 9])
+def test_a_refused_reset_leaves_the_random_numbers_as_they_were(seed: int | None) -> None:
+    asked = []
+    for refused in (False, True):
+        env = WorldModelEnv(DotWorld())
+        env.reset(seed=1)
+        if refused:
+            with pytest.raises(ValueError, match="option 'colour'"):
+                env.reset(seed=seed, options={"colour": 1})
+            assert env.np_random_seed == 1
+            env.step(4)  # the episode goes on
+        env.reset()
+        asked.append(env.world.asked[-1])
+    assert asked[0] == asked[1]
+
+
+class Growing(DotWorld):
+    """One frame at the start, then 9, then 12 a step; an episode takes `steps` of them."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def reset(self, *, seed, options=None):
+        self.taken = 0
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        self.taken += 1
+        self.n = 9 if self.taken == 1 else 12
+        return replace(super().step(4), terminated=self.taken == self.steps)
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode), ids=lambda mode: mode.name)
+def test_rows_may_have_different_numbers_of_frames(mode: AutoresetMode) -> None:
+    env = SyncVectorEnv([lambda n=n: WorldModelEnv(Growing(n)) for n in (3, 5)], autoreset_mode=mode)
+    _, info = env.reset(seed=0)
+    counts = [[len(frames) for frames in info["frames"]]]
+    for _ in range(5):
+        _, _, terminated, _, info = env.step(np.array([4, 4]))
+        counts.append([len(frames) for frames in info["frames"]])
+        if mode is AutoresetMode.DISABLED and terminated.any():
+            env.reset(options={"reset_mask": terminated})
+    after = {
+        AutoresetMode.NEXT_STEP: [[12, 12], [1, 12], [9, 12]],
+        AutoresetMode.SAME_STEP: [[1, 12], [9, 12], [12, 1]],
+        AutoresetMode.DISABLED: [[12, 12], [9, 12], [12, 12]],
+    }[mode]
+    assert counts == [[1, 1], [9, 9], [12, 12], *after]
+    assert info["frames"][1][0].shape == (16, 24, 3)
 
 
 def test_a_measured_time_is_not_compared() -> None:

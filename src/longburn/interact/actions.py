@@ -8,20 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from longburn.interact.continuous import ContinuousCodec
 from longburn.interact.extras import gymnasium
-from longburn.interact.members import members
+from longburn.interact.members import Integers, countable, members
 from longburn.interact.protocols import ActionCodec
 from longburn.interact.samplers import TokenSampler
 from longburn.sampling import SamplerConfig
 
 if TYPE_CHECKING:
     from gymnasium.spaces import Box, Space
-
-Integers = NDArray[np.int64]
 
 
 class DiscreteCodec:
@@ -35,17 +32,8 @@ class DiscreteCodec:
     """
 
     def __init__(self, space: "Space[Any]") -> None:
-        spaces = gymnasium("DiscreteCodec").spaces
-        if isinstance(space, spaces.Discrete):
-            sizes, starts = np.array([space.n]), np.array([space.start])
-        elif isinstance(space, spaces.MultiDiscrete):
-            sizes, starts = space.nvec.ravel(), space.start.ravel()
-        elif isinstance(space, spaces.MultiBinary):
-            sizes, starts = np.full(space.shape, 2).ravel(), np.zeros(space.shape).ravel()
-        else:
-            raise ValueError(f"DiscreteCodec: {space}: wanted Discrete, MultiDiscrete or MultiBinary")
+        sizes, self._starts = countable(space, "DiscreteCodec")
         self.space = space
-        self._starts: Integers = starts.astype(np.int64)
         self._ids = _Ids(sizes)
         self.length, self.width = len(sizes), self._ids.count
 
@@ -55,7 +43,7 @@ class DiscreteCodec:
 
     def action(self, tokens: Tensor) -> Any:
         values = self._ids.values(tokens) + self._starts
-        return values.reshape(len(values), *self.space.shape).astype(self.space.dtype)
+        return values.reshape(len(values), *(self.space.shape or ())).astype(self.space.dtype)
 
     def idle(self, batch: int) -> Tensor:
         return self._ids.of(np.zeros((batch, self.length), np.int64))
@@ -142,11 +130,14 @@ def action_codec(space: "Space[Any]", *, bins: int | None = None) -> ActionCodec
     if not isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
         raise ValueError(
             f"action_codec: {type(space).__name__} is not supported; wanted Discrete, MultiDiscrete, MultiBinary or "
-            "Box (gymnasium.wrappers.FlattenAction may make it one)"
+            "Box; write an ActionCodec for it, or wrap the environment with gymnasium.wrappers.TransformAction"
         )
     if bins is not None:
         raise ValueError(f"action_codec: {bins} bins of {space}: only a Box is cut into bins; leave them out")
     return DiscreteCodec(space)
+
+
+_WHOLE = (torch.int64, torch.int32)
 
 
 class _Ids:
@@ -154,13 +145,18 @@ class _Ids:
 
     def __init__(self, sizes: Integers) -> None:
         self._first = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
-        self._sizes = sizes.astype(np.int64)
+        self._sizes = sizes
         self.count = int(sizes.sum())
 
     def of(self, values: Integers) -> Tensor:
         return torch.from_numpy(values + self._first)
 
     def values(self, tokens: Tensor) -> Integers:
+        if tokens.dim() != 2 or tokens.shape[1] != len(self._sizes) or tokens.dtype not in _WHOLE:
+            raise ValueError(
+                f"ActionCodec.action: tokens {tokens.dtype} {list(tokens.shape)}, "
+                f"wanted int64 [B, {len(self._sizes)}]: one a component"
+            )
         values: Integers = tokens.cpu().numpy() - self._first
         wrong = np.argwhere((values < 0) | (values >= self._sizes))
         if len(wrong):

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from longburn.interact.extras import gymnasium
@@ -36,14 +37,14 @@ class ContinuousCodec:
         self.length, self.width = 1, 2 * len(self._middle)
 
     def tokens(self, actions: Any) -> Tensor:
-        values = members(self.space, actions, "ContinuousCodec.tokens")
+        values = _finite(members(self.space, actions, "ContinuousCodec.tokens"), "ContinuousCodec.tokens")
         return torch.from_numpy((values - self._middle) / self._reach).float()[:, None]
 
     def action(self, tokens: Tensor) -> Any:
-        vectors = tokens[:, 0].double().cpu().numpy()
-        wrong = np.argwhere(np.isnan(vectors))
-        if len(wrong):
-            raise ValueError(f"ContinuousCodec.action: component {wrong[0][1]} of row {wrong[0][0]} is NaN")
+        d = len(self._middle)
+        if tokens.dim() != 3 or tokens.shape[1:] != (1, d):
+            raise ValueError(f"ContinuousCodec.action: tokens of shape {list(tokens.shape)}, wanted [B, 1, {d}]")
+        vectors = _finite(tokens[:, 0].double().cpu().numpy(), "ContinuousCodec.action")
         values = (vectors * self._reach + self._middle).reshape(-1, *self.space.shape)
         return values.clip(self.space.low, self.space.high).astype(self.space.dtype)
 
@@ -56,3 +57,18 @@ class ContinuousCodec:
     def sampler(self, configs: list[SamplerConfig], device: Any) -> GaussianSampler:
         low, high = ((bound.ravel() - self._middle) / self._reach for bound in (self.space.low, self.space.high))
         return GaussianSampler(configs, torch.from_numpy(low), torch.from_numpy(high), device)
+
+
+def _finite(vectors: NDArray[Any], operation: str) -> NDArray[Any]:
+    """The vectors `[B, d]`.
+
+    Raises:
+        ValueError: a number in them is NaN or infinite.
+    """
+    wrong = np.argwhere(~np.isfinite(vectors))
+    if len(wrong):
+        row, component = wrong[0].tolist()
+        raise ValueError(
+            f"{operation}: component {component} of row {row} is {vectors[row, component]}, wanted a finite number"
+        )
+    return vectors

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from longburn.interact.extras import gymnasium
-from longburn.interact.members import scaling
+from longburn.interact.members import countable, members, scaling
 
 if TYPE_CHECKING:
     from gymnasium.spaces import Box, Space
@@ -24,24 +24,20 @@ class EmbeddingEncoder(nn.Module):
 
     def __init__(self, space: "Space[Any]", dim: int) -> None:
         super().__init__()
-        spaces = gymnasium("EmbeddingEncoder").spaces
-        if isinstance(space, spaces.Discrete):
-            sizes, start = np.array([space.n]), np.array([space.start])
-        elif isinstance(space, spaces.MultiDiscrete):
-            sizes, start = space.nvec.ravel(), space.start.ravel()
-        elif isinstance(space, spaces.MultiBinary):
-            sizes, start = np.full(space.shape, 2).ravel(), np.zeros(space.shape).ravel()
-        else:
-            raise ValueError(f"EmbeddingEncoder: {space}: wanted Discrete, MultiDiscrete or MultiBinary")
+        sizes, starts = countable(space, "EmbeddingEncoder")
         self.space = space
-        self._offset = (np.concatenate([[0], np.cumsum(sizes)[:-1]]) - start).astype(np.int64)
+        self._offset = np.cumsum(sizes) - sizes - starts
         self.table = nn.Embedding(int(sizes.sum()), dim)
 
     def encode(self, observations: Any) -> Tensor:
-        """`[B, 1, D]` of integers `[B, *shape]`."""
-        rows = _rows(self.space, observations, "EmbeddingEncoder.encode")
+        """`[B, 1, D]` of integers `[B, *shape]`.
+
+        Raises:
+            ValueError: another shape, or an observation that is not in the space; says which row's.
+        """
+        rows = members(self.space, observations, "EmbeddingEncoder.encode")
         weight = self.table.weight
-        ids = torch.from_numpy(rows.reshape(len(rows), -1).astype(np.int64) + self._offset).to(weight.device)
+        ids = torch.from_numpy(rows.astype(np.int64) + self._offset).to(weight.device)
         return weight[ids].sum(1, keepdim=True)
 
 
@@ -82,8 +78,9 @@ class PatchEncoder(nn.Module):
 
     def __init__(self, space: "Box", dim: int, patch: tuple[int, int]) -> None:
         super().__init__()
-        if not isinstance(space, gymnasium("PatchEncoder").spaces.Box) or len(space.shape) != 3:
-            raise ValueError(f"PatchEncoder: {space}: wanted a Box of images [height, width, channels]")
+        box = isinstance(space, gymnasium("PatchEncoder").spaces.Box)
+        if not box or len(space.shape) != 3 or space.dtype != np.uint8:
+            raise ValueError(f"PatchEncoder: {space}: wanted a Box of images, uint8 [height, width, channels]")
         height, width, channels = space.shape
         if min(patch) < 1 or height % patch[0] or width % patch[1]:
             raise ValueError(f"PatchEncoder: patches of {patch} do not divide images of {height} x {width}")

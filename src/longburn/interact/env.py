@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +27,9 @@ class Latency:
 class WorldModelEnv(gymnasium.Env[Any, Any]):
     """Steps a world model: an action in; its observation out, and in `info` what a person would see.
 
-    `info` of a step holds "frames" (uint8 `[n, height, width, 3]`, since the last step), "latency" (a `Latency`: the
-    model's time for this step) and what the world itself tells. The episode is truncated after `horizon` steps.
+    `info` of a step holds "frames" (all since the last step, the oldest first: a tuple of uint8 `[height, width, 3]`),
+    "latency" (a `Latency`: the model's time for this step) and what the world itself tells. The episode is truncated
+    after `horizon` steps.
 
     Args:
         world: is this environment's alone.
@@ -57,12 +59,17 @@ class WorldModelEnv(gymnasium.Env[Any, Any]):
         """Begin an episode; without a seed, with the next of the environment's own random numbers.
 
         Raises:
-            ValueError: options that the world does not know.
+            ValueError: options that the world does not know. Nothing has changed then.
         """
+        before = deepcopy((self._np_random, self._np_random_seed))
         super().reset(seed=seed)
         of_world = int(self.np_random.integers(2**63))
         began = time.perf_counter()
-        step = self.world.reset(seed=of_world, options=options or None)
+        try:
+            step = self.world.reset(seed=of_world, options=options or None)
+        except BaseException:
+            self._np_random, self._np_random_seed = before
+            raise
         seconds = time.perf_counter() - began
         self._frames, self._steps = [], 0
         return step.observation, self._seen(step, seconds)
@@ -77,7 +84,7 @@ class WorldModelEnv(gymnasium.Env[Any, Any]):
         if self._steps is None:
             raise gymnasium.error.ResetNeeded("WorldModelEnv.step: no episode, or it has ended; call reset first")
         if not self.action_space.contains(action):
-            raise ValueError(f"WorldModelEnv.step: {_told(action)} is not in {self.action_space}")
+            raise ValueError(f"WorldModelEnv.step: the action {_told(action)} is not in {self.action_space}")
         began = time.perf_counter()
         step = self.world.step(action)
         seconds = time.perf_counter() - began
@@ -107,11 +114,14 @@ class WorldModelEnv(gymnasium.Env[Any, Any]):
             )
         kept = self._frames if self.render_mode == "rgb_array_list" else []
         self._frames = [*kept, *frames]
-        return {**step.info, "frames": frames.copy(), "latency": Latency(seconds)}
+        # A tuple: vector environments stack the arrays of an info, and rows may have different numbers of frames.
+        return {**step.info, "frames": tuple(frames.copy()), "latency": Latency(seconds)}
 
 
 def _told(action: Any) -> str:
-    """An action in one line."""
+    """An action in one line, with the types and shapes of its arrays: they decide, too."""
+    if isinstance(action, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_told(part)}" for key, part in action.items()) + "}"
     if isinstance(action, np.ndarray):
-        return f"an action of shape {list(action.shape)} and type {action.dtype}, {str(action.tolist())[:80]},"
-    return f"the action {str(action)[:80]}"
+        return f"{action.dtype} {list(action.shape)} {str(action.tolist())[:80]}"
+    return str(action)[:80]

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -44,7 +45,8 @@ class Rows(Protocol):
     """B environments, each a row."""
 
     batch: int
-    action_space: "Space[Any]"  # of one row
+    observation_space: "Space[Any]"  # of one row, as the next
+    action_space: "Space[Any]"
 
     def reset(self, seed: int | None) -> Tick:
         """Begin an episode in every row: row b is seeded with seed + b, or not at all."""
@@ -89,7 +91,7 @@ class _Single:
     def __init__(self, env: "Env[Any, Any]") -> None:
         self._env = env
         self._utils = gymnasium("rows_of").vector.utils
-        self.action_space = env.action_space
+        self.observation_space, self.action_space = env.observation_space, env.action_space
 
     def reset(self, seed: int | None) -> Tick:
         observation, info = self._env.reset(seed=seed)
@@ -100,8 +102,8 @@ class _Single:
         observation, reward, terminated, truncated, info = self._env.step(action)
         ended = bool(terminated or truncated)
         if ended:
-            observation, first = self._env.reset()
-            info = {"final_info": info, **first}
+            last, (observation, first) = observation, self._env.reset()
+            info = {"final_obs": last, "final_info": info, **first}
         return Tick(
             self._batched(observation),
             begins=np.array([ended]),
@@ -114,9 +116,8 @@ class _Single:
         )
 
     def _batched(self, observation: Any) -> Any:
-        space = self._env.observation_space
-        empty = self._utils.create_empty_array(space, n=1, fn=np.zeros)
-        return self._utils.concatenate(space, [observation], empty)
+        empty = self._utils.create_empty_array(self.observation_space, n=1, fn=np.zeros)
+        return self._utils.concatenate(self.observation_space, [observation], empty)
 
 
 class _Vector(ABC):
@@ -125,12 +126,13 @@ class _Vector(ABC):
     def __init__(self, env: "VectorEnv[Any, Any, Any]") -> None:
         self._env = env
         self.batch: int = env.num_envs
-        self.action_space = env.single_action_space
+        self.observation_space, self.action_space = env.single_observation_space, env.single_action_space
+        self._reuses = not getattr(env.unwrapped, "copy", True)  # its next step overwrites what it gave
 
     def reset(self, seed: int | None) -> Tick:
         observations, info = self._env.reset(seed=seed)
         self._waits = np.zeros(self.batch, bool)
-        return _first(observations, self.batch, info)
+        return _first(self._kept(observations), self.batch, info)
 
     @abstractmethod
     def step(self, actions: Any) -> Tick: ...
@@ -138,7 +140,10 @@ class _Vector(ABC):
     def _stepped(self, actions: Any) -> tuple[Any, NDArray[np.float64], Flags, Flags, dict[str, Any]]:
         observations, rewards, terminated, truncated, info = self._env.step(actions)
         flags = np.asarray(terminated, bool), np.asarray(truncated, bool)
-        return observations, np.asarray(rewards, np.float64), *flags, info
+        return self._kept(observations), np.asarray(rewards, np.float64), *flags, info
+
+    def _kept(self, observations: Any) -> Any:
+        return deepcopy(observations) if self._reuses else observations
 
 
 class _NextStep(_Vector):
@@ -164,11 +169,15 @@ class _Disabled(_Vector):
     """Rows that ended are reset here, by a mask."""
 
     def step(self, actions: Any) -> Tick:
+        iterate = gymnasium("rows_of").vector.utils.iterate
         observations, rewards, terminated, truncated, info = self._stepped(actions)
         ended = terminated | truncated
         if ended.any():
+            last = np.full(self.batch, None, dtype=object)
+            for row, observation in enumerate(iterate(self._env.observation_space, observations)):
+                last[row] = deepcopy(observation) if ended[row] else None
             observations, first = self._env.reset(options={"reset_mask": ended.copy()})
-            info = {"final_info": info, **first}
+            observations, info = self._kept(observations), {"final_obs": last, "final_info": info, **first}
         return Tick(observations, ended, self._waits, ~self._waits, rewards, terminated, truncated, info)
 
 

@@ -51,7 +51,8 @@ class Turn:
         acted: rows whose action was taken; of the others only a reset was seen.
         rewards, terminated, truncated: what came of it.
         info: as the environment gives it. Where this loop resets an ended row itself (one environment, or autoreset
-            DISABLED), the last step's is under "final_info".
+            DISABLED), the last step's is under "final_info" and the observation that it ended with under "final_obs":
+            of one environment as that gave it, of several an array of objects, None in rows that go on.
         ended: the episodes that ended with it.
         seconds: the agent's time, from observations to actions.
     """
@@ -84,7 +85,8 @@ def rollout(
     (autoreset NEXT_STEP) that step's action is ignored, so the row's model does not choose one.
 
     Args:
-        agent: its codec must be of the environment's action space.
+        agent: its codec must be of the environment's action space, and its encoder, if it has a `space`, of the
+            observation space.
         env: a gymnasium environment or vector environment, in any autoreset mode.
         steps: of every row; None goes on until the caller stops.
         seed: of the environment (row b gets seed + b); None leaves its randomness as it is.
@@ -93,7 +95,8 @@ def rollout(
         max_length: most positions of an episode, for models whose caches would grow; None for no end.
 
     Raises:
-        ValueError: before anything is reset, what does not go together.
+        ValueError: before anything is reset, spaces and settings that do not go together; at the first step, an
+            encoder or head that gives another shape than the model and the codec take.
         ImportError: gymnasium is not installed.
     """
     rows = rows_of(env)
@@ -101,6 +104,12 @@ def rollout(
         raise ValueError(
             f"rollout: the environment's actions are {rows.action_space}, the codec's {agent.codec.space}; "
             "make the codec for this environment"
+        )
+    read = getattr(agent.encoder, "space", rows.observation_space)
+    if read != rows.observation_space:
+        raise ValueError(
+            f"rollout: the environment's observations are {rows.observation_space}, the encoder's {read}; "
+            "make the encoder for this environment"
         )
     if steps is not None and steps < 0:
         raise ValueError(f"rollout: {steps} steps, wanted at least 0, or None")
@@ -179,11 +188,15 @@ class _Player:
         if not bool(here.any()):
             return self._idle
         tokens = self._choose(self._read(tick.observations, here), here)
-        wrong = torch.isnan(tokens) if tokens.is_floating_point() else tokens < 0
+        wrong = ~tokens.isfinite() if tokens.is_floating_point() else tokens < 0
         wrong = wrong.reshape(len(here), -1).any(1) & here
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0])
-            raise ValueError(f"rollout: row {row} has nothing to choose from: all its logits are NaN or -inf")
+            why = "its means or deviations are not finite" if tokens.is_floating_point() else "all are NaN or -inf"
+            raise ValueError(
+                f"rollout: row {row} has no action by its logits: {why}; "
+                f"its observation is {_told(tick.observations, row)}"
+            )
         return torch.where(here.view(-1, *[1] * (tokens.dim() - 1)), tokens, self._idle)
 
     def _read(self, observations: Any, here: Tensor) -> Tensor:
@@ -226,6 +239,15 @@ class _Player:
                 hidden = self._features(agent.model.embed(self._unread), here[:, None])
         self._heard = self._heard | here
         return torch.stack(tokens, 1).cpu()
+
+
+def _told(observations: Any, row: int) -> str:
+    """One row's observation in one line."""
+    if isinstance(observations, dict):
+        return ", ".join(f"{key}: {_told(part, row)}" for key, part in observations.items())
+    if isinstance(observations, tuple):
+        return ", ".join(_told(part, row) for part in observations)
+    return " ".join(str(observations[row]).split())[:80]
 
 
 def _readable(token: Tensor) -> Tensor:

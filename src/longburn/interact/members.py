@@ -10,9 +10,12 @@ from longburn.interact.extras import gymnasium
 if TYPE_CHECKING:
     from gymnasium.spaces import Box, Space
 
+Integers = NDArray[np.int64]
+
 
 def members(space: "Space[Any]", values: Any, operation: str) -> NDArray[Any]:
-    """B rows' members of a space of numbers, as `[B, components]`. Any type of number will do, if it lies in the space.
+    """B rows' members of a space of numbers, as `[B, components]`. Any type of number will do, if it lies in the space:
+    a Box of fp32 also takes fp64.
 
     Raises:
         ValueError: another shape, or a value that is not in the space; says which row's.
@@ -21,22 +24,41 @@ def members(space: "Space[Any]", values: Any, operation: str) -> NDArray[Any]:
     if rows.ndim < 1 or rows.shape[1:] != space.shape:
         wanted = ", ".join(["B", *map(str, space.shape or ())])
         raise ValueError(f"{operation}: values of shape {list(rows.shape)}, wanted [{wanted}] for {space}")
-    for row, value in enumerate(rows):
-        if not holds(space, value):
-            raise ValueError(f"{operation}: row {row} has {value.tolist()}, which is not in {space}")
-    return rows.reshape(len(rows), -1)
+    low, high, kinds = _bounds(space, operation)
+    flat = rows.reshape(len(rows), low.size)
+    numbers = rows.dtype.kind in kinds
+    inside = (flat >= low) & (flat <= high) if numbers else np.zeros(flat.shape, bool)
+    wrong = np.flatnonzero(~inside.all(1))
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(f"{operation}: row {row} has {rows[row].tolist()}, which is not in {space}")
+    return flat
 
 
-def holds(space: "Space[Any]", value: Any) -> bool:
-    """Whether a number or array lies in the space, whatever its type: a Box of fp32 also takes fp64."""
-    spaces: Any = gymnasium("a space").spaces
-    if isinstance(space, spaces.Box):
-        return bool(np.all((value >= space.low) & (value <= space.high)))
-    if value.dtype.kind not in "iub":
-        return False
+def countable(space: "Space[Any]", operation: str) -> tuple[Integers, Integers]:
+    """How many values each component of a Discrete, MultiDiscrete or MultiBinary has, `[components]`, and the first.
+
+    Raises:
+        ValueError: another space.
+    """
+    spaces = gymnasium(operation).spaces
     if isinstance(space, spaces.Discrete):
-        return bool(space.start <= value < space.start + space.n)
-    return bool(space.contains(value.astype(space.dtype)))
+        sizes, starts = np.array([space.n]), np.array([space.start])
+    elif isinstance(space, spaces.MultiDiscrete):
+        sizes, starts = space.nvec.ravel(), space.start.ravel()
+    elif isinstance(space, spaces.MultiBinary):
+        sizes, starts = np.full(space.shape, 2).ravel(), np.zeros(space.shape).ravel()
+    else:
+        raise ValueError(f"{operation}: {space}: wanted Discrete, MultiDiscrete or MultiBinary")
+    return sizes.astype(np.int64), starts.astype(np.int64)
+
+
+def _bounds(space: Any, operation: str) -> tuple[NDArray[Any], NDArray[Any], str]:
+    """The least and the greatest value of every component, and the kinds of numbers that they may be."""
+    if isinstance(space, gymnasium(operation).spaces.Box):
+        return space.low.ravel(), space.high.ravel(), "iubf" if np.issubdtype(space.dtype, np.floating) else "iub"
+    sizes, starts = countable(space, operation)
+    return starts, starts + sizes - 1, "iub"
 
 
 def scaling(space: "Box", far: float = np.inf) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -84,7 +84,8 @@ class Sampler(Protocol):
 
     def __call__(self, logits: Tensor, draw: Tensor) -> Tensor:
         """`[B]` (continuous ones: `[B, d]`) from logits `[B, V]`. `draw` int64 `[B]` counts each row's own choices, so
-        that a row's randomness does not depend on its neighbours; -1 says that a row has nothing to choose from."""
+        that a row's randomness does not depend on its neighbours. A token of -1 (of continuous ones, a number that is
+        not finite) says that a row has nothing to choose from."""
         ...
 
 

@@ -65,7 +65,19 @@ def test_gates_are_drawn_by_the_environments_own_seed() -> None:
     assert drawn[0] == drawn[2] != drawn[1]
 
 
-@pytest.mark.parametrize("gate", [0, (5, 4), (0, 3)])
-def test_gates_that_open_before_they_close_are_refused(gate: int | tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="memory_task: gate"):
-        memory_task(13, gate=gate)
+@pytest.mark.parametrize("gate", [0, (5, 4), (0, 3), (5,), 2.5, (1, 2.5), "5"])
+def test_gates_that_open_before_they_close_are_refused(gate: object) -> None:
+    with pytest.raises(ValueError, match=r"memory_task: gate .*, wanted the step at which it opens"):
+        memory_task(13, gate=gate)  # type: ignore[arg-type]
+
+
+def test_a_gate_may_be_a_number_of_numpy() -> None:
+    env = memory_task(13, gate=np.int64(5))
+    env.reset(seed=0)
+    assert env.opens == 5
+
+
+@pytest.mark.parametrize("size", [5, 12])
+def test_sizes_that_make_no_map_are_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"memory_task: size {size}, wanted an odd number of cells, at least 7"):
+        memory_task(size)

@@ -16,6 +16,7 @@ from longburn.models.minigrid.measure import ENDED, drift, explore
 from longburn.models.minigrid.policy import FULL
 from longburn.models.minigrid.rooms import to_cells
 from longburn.sampling import SamplerConfig
+from longburn.weights import CheckpointError
 
 FOLDERS = [Path(data.__path__[0]) / name for name in ("minigrid_agent", "minigrid_world")]
 EPISODES = 48
@@ -28,6 +29,15 @@ def test_the_files_are_complete_and_small(folder: Path) -> None:
     assert sum(file.stat().st_size for file in files.values()) <= 3_000_000
     log = json.loads(files["log.json"].read_text(encoding="utf-8"))
     assert log["data"]["seed"] >= 100_000  # tests use smaller ones
+
+
+@pytest.mark.parametrize("wrong", [{"heads": 0}, {"layers": -1}, {"dim": 64.0}, {"depth": 2}, [64], 7])
+def test_sizes_of_no_model_are_refused(tmp_path: Path, wrong: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(wrong), encoding="utf-8")
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: .*, wanted whole numbers of at least 1 for cell, dim, heads"
+    ):
+        load_policy(tmp_path)
 
 
 def found(way: AttnWindow, gate: tuple[int, int] | None) -> float:

@@ -109,11 +109,16 @@ def test_cells_of_other_rooms_are_refused() -> None:
     assert np.array_equal(to_frame(cells), frame_of(env))
     ball, hole = cells.copy(), cells.copy()
     ball[3, 4], hole[0, 0] = (6, 4, 0), (1, 0, 0)
+    nobody, two = cells.copy(), cells.copy()
+    nobody[nobody[..., 0] == 10] = (1, 0, 0)
+    two[tuple(np.argwhere(cells[..., 0] == 1)[0])] = (10, 0, 3)
     for wrong, complaint in (
         (ball, "column 3, row 4 stands in no room"),
         (cells[:7], "wanted uint8"),
         (cells.astype(int), "int64"),
         (hole, "no wall"),
+        (nobody, "0 agents in the room, wanted one"),
+        (two, "2 agents in the room, wanted one"),
     ):
         with pytest.raises(ValueError, match=complaint):
             to_frame(wrong)
@@ -202,12 +207,46 @@ def test_what_does_not_fit_leaves_the_world_as_it_was() -> None:
         RoomWorld(model(), tile=0)
 
 
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"repetition_penalty": 1.3}, "RoomWorld: repetition, frequency and presence penalties"),
+        ({"banned_tokens": (99,)}, r"banned_tokens has ids \[99\]"),
+        ({"banned_tokens": (11, 12, 13)}, r"all symbols of the corner, 11 \.\. 13, are banned"),
+        ({"banned_tokens": tuple(range(11))}, r"all symbols of a cell, 0 \.\. 10, are banned"),
+    ],
+)
+def test_a_sampler_that_cannot_choose_symbols_is_refused_at_once(settings: dict, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        RoomWorld(model(), sampler=SamplerConfig(**settings))
+    world = RoomWorld(model(), tile=4)
+    world.reset(seed=1)
+    wanted = world.step(FORWARD).observation["image"]
+    world.reset(seed=1)
+    fit, world.sampler = world.sampler, SamplerConfig(**settings)
+    with pytest.raises(ValueError, match=complaint):
+        world.reset(seed=2)
+    world.sampler = fit
+    assert np.array_equal(world.step(FORWARD).observation["image"], wanted)  # the room of before
+
+
+def test_a_model_of_nan_is_told_and_leaves_no_room() -> None:
+    broken = model()
+    world = RoomWorld(broken, tile=4)
+    world.reset(seed=1)
+    torch.nn.init.constant_(broken.head.bias, torch.nan)
+    with pytest.raises(ValueError, match="column 0, row 0 has nothing to choose from: the model gave it NaN"):
+        world.step(FORWARD)
+    with pytest.raises(ValueError, match="no room yet; call reset first"):
+        world.step(FORWARD)
+
+
 def test_it_plays_as_an_environment() -> None:
     env = WorldModelEnv(RoomWorld(model(), tile=4), horizon=3, render_mode="rgb_array")
     env.reset(seed=0)
     for _ in range(3):
         *_, terminated, truncated, info = env.step(WAIT)
-        assert info["frames"].shape == (1, 32, 32, 3)
+        assert [frame.shape for frame in info["frames"]] == [(32, 32, 3)]
         if terminated or truncated:
             break
     assert env.world.action_of(["x", "up", "left"]) == 0  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """The room's world model as a `PlayableWorld`: an action in, what is then seen out, as symbols and as a picture."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class RoomWorld:
 
     Raises:
         ImportError: minigrid is not installed.
-        ValueError: tiles of no pixels.
+        ValueError: tiles of no pixels, or a sampler with penalties or without a symbol to choose.
     """
 
     fps = 6.0
@@ -59,7 +60,7 @@ class RoomWorld:
         self.action_space: Any = spaces.Discrete(len(ACTIONS))
         self.frame_size = (SIZE * tile, SIZE * tile)
         self.model, self.tile = model, tile
-        self.sampler = SamplerConfig(temperature=0.0) if sampler is None else sampler
+        self.sampler = _checked(SamplerConfig(temperature=0.0) if sampler is None else sampler)
         self._cache: CacheManager | None = None
         self._frame: Frame = np.zeros(CELLS, np.uint8)
         self._choose: Sampler | None = None
@@ -96,10 +97,10 @@ class RoomWorld:
             frame = frame_of(env)
         else:
             frame = to_frame(image)
-        settings = SamplerConfig(**{**vars(self.sampler), "seed": seed})
-        self._frame, self._steps, self._cache = frame, 0, self.model.init_cache(1)
-        device = self._cache.device
-        self._choose = Sampler([settings] * CELLS, batch=CELLS, vocab_size=SYMBOLS, device=device)
+        settings = replace(_checked(self.sampler), seed=seed)
+        cache = self.model.init_cache(1)
+        choose = Sampler([settings] * CELLS, batch=CELLS, vocab_size=SYMBOLS, device=cache.device)
+        self._frame, self._steps, self._cache, self._choose = frame, 0, cache, choose
         return self._seen()
 
     @torch.no_grad()
@@ -107,7 +108,8 @@ class RoomWorld:
         """What the model says follows.
 
         Raises:
-            ValueError: no action of MiniGrid's, before a reset, or after the goal was reached.
+            ValueError: no action of MiniGrid's, before a reset, or after the goal was reached; or the model gives a
+                cell nothing but NaN, after which there is no room until the next reset.
         """
         if not self.action_space.contains(action):
             raise ValueError(f"RoomWorld.step: action {action!r}, wanted 0 .. {len(ACTIONS) - 1}: {', '.join(ACTIONS)}")
@@ -119,8 +121,15 @@ class RoomWorld:
         frame = torch.from_numpy(self._frame).to(device)[None, None]
         logits = self.model(frame, torch.full((1, 1), int(action), device=device), cache=self._cache)[0, 0]
         draws: Tensor = torch.arange(CELLS, device=device) + self._steps * CELLS
-        chosen = self._choose(_fitting(logits), draw=draws).tokens
-        self._frame, self._steps = chosen.to(torch.uint8).cpu().numpy(), self._steps + 1
+        chosen = self._choose(_fitting(logits), draw=draws).tokens.cpu().numpy()
+        if chosen.min() < 0:
+            self._cache = None  # it has read a frame that nothing follows
+            row, column = divmod(int(chosen.argmin()), SIZE)
+            raise ValueError(
+                f"RoomWorld.step: column {column}, row {row} has nothing to choose from: the model gave it NaN; "
+                "look at its weights"
+            )
+        self._frame, self._steps = chosen.astype(np.uint8), self._steps + 1
         return self._seen()
 
     def _seen(self) -> WorldStep:
@@ -128,6 +137,24 @@ class RoomWorld:
         observation = {"image": to_cells(self._frame), "has_key": np.int64(self._frame[0] == WITH_KEY)}
         reward = 1 - 0.9 * self._steps / MAX_STEPS if ended else 0.0
         return WorldStep(observation, draw(self._frame, self.tile)[None], max(0.0, reward), ended)
+
+
+def _checked(sampler: SamplerConfig) -> SamplerConfig:
+    """The settings, if symbols can be chosen by them.
+
+    Raises:
+        ValueError: a penalty, an id that is no symbol, or bans that leave a cell nothing.
+    """
+    if sampler.uses_counts:
+        raise ValueError(
+            "RoomWorld: repetition, frequency and presence penalties are of text; leave them out for symbols"
+        )
+    sampler.check_vocabulary(SYMBOLS)
+    banned = set(sampler.banned_tokens)
+    for place, first, end in (("the corner", EMPTY_HANDED, SYMBOLS), ("a cell", 0, EMPTY_HANDED)):
+        if banned.issuperset(range(first, end)):
+            raise ValueError(f"RoomWorld: all symbols of {place}, {first} .. {end - 1}, are banned; leave one")
+    return sampler
 
 
 def _fitting(logits: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def to_frame(cells: Any, corner: int = EMPTY_HANDED) -> Frame:
     """Symbols `[64]` of a grid `[x, y, 3]`.
 
     Raises:
-        ValueError: cells that such a room does not have, or no wall in the corner.
+        ValueError: cells that such a room does not have, no wall in the corner, or not one agent.
     """
     cells = check_cells("to_frame", cells, (SIZE, SIZE))
     code = cells.astype(np.int64) @ (10_000, 100, 1)
@@ -88,6 +88,8 @@ def to_frame(cells: Any, corner: int = EMPTY_HANDED) -> Frame:
     symbols: Frame = np.argmax(code[..., None] == known, -1).T.astype(np.uint8).reshape(-1)
     if symbols[0] != WALL:
         raise ValueError("to_frame: the corner at the top left is no wall")
+    if (agents := int((symbols >= AGENT).sum())) != 1:
+        raise ValueError(f"to_frame: {agents} agents in the room, wanted one: a cell [10, 0, direction]")
     symbols[0] = corner
     return symbols
 

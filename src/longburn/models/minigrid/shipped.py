@@ -63,9 +63,10 @@ def _sizes(folder: Path, config: type) -> dict[str, int]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}; wanted the sizes of a {config.__name__}") from error
     known = set(config.__dataclass_fields__)  # type: ignore[attr-defined]
-    if not isinstance(read, dict) or set(read) - known or not all(type(n) is int and n >= 0 for n in read.values()):
-        raise CheckpointError(f"{file}: {read}, wanted whole numbers for {', '.join(sorted(known))}")
-    return read
+    sizes = read if isinstance(read, dict) else {"": read}
+    if set(sizes) - known or not all(type(n) is int and n >= (name != "sinks") for name, n in sizes.items()):
+        raise CheckpointError(f"{file}: {read}, wanted whole numbers of at least 1 for {', '.join(sorted(known))}")
+    return sizes
 
 
 def _fill(model: nn.Module, folder: Path, device: torch.device | str) -> None:

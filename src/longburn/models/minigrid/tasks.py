@@ -26,15 +26,24 @@ def memory_task(
 
     Raises:
         ImportError: minigrid is not installed.
-        ValueError: a gate before the first step.
+        ValueError: a size that makes no such map, or a gate before the first step.
     """
-    opens = (gate, gate) if isinstance(gate, int) else gate
-    if opens is not None and not 1 <= opens[0] <= opens[1]:
-        raise ValueError(f"memory_task: gate {gate}, wanted the step at which it opens, at least 1, or (first, last)")
+    if size < 7 or size % 2 == 0:
+        raise ValueError(f"memory_task: size {size}, wanted an odd number of cells, at least 7")
+    opens = None if gate is None else gate if isinstance(gate, tuple) else (gate, gate)
+    if opens is not None and not (_whole(opens) and len(opens) == 2 and 1 <= opens[0] <= opens[1]):
+        raise ValueError(
+            f"memory_task: gate {gate!r}, wanted the step at which it opens, a whole number of at least 1, "
+            "or (first, last)"
+        )
     if opens is not None:
-        settings.setdefault("max_steps", opens[1] + 5 * size**2)
+        settings.setdefault("max_steps", int(opens[1]) + 5 * size**2)
     env = minigrid("minigrid.envs", "memory_task").MemoryEnv(size=size, random_length=random_length, **settings)
     return env if opens is None else _gated()(env, opens)
+
+
+def _whole(numbers: tuple[Any, ...]) -> bool:
+    return all(isinstance(number, int | np.integer) for number in numbers)
 
 
 @lru_cache(maxsize=1)
