@@ -231,8 +231,11 @@ def test_without_an_embedding_cope_is_nothing() -> None:
     [
         (lambda: Cope(0, 4), "Cope: head_dim 0, positions 4: wanted at least 1 of each"),
         (lambda: Dape(Alibi(4), 4, width=0), "Dape: heads 4, width 0: wanted at least 1 of each"),
-        (lambda: layer(AttnWindow())(tokens(1, 3), bias=Cope(3, 4)), "Cope: built for heads of size 3, the call has 6"),
-        (lambda: layer(AttnWindow())(tokens(1, 3), bias=Dape(Alibi(3), 3)), "Dape: built for 3 heads, the call has 4"),
+        (lambda: layer(AttnWindow())(tokens(1, 3), bias=Cope(3, 4)), "the layer has head_dim 6, Cope was built for 3"),
+        (
+            lambda: layer(AttnWindow())(tokens(1, 3), bias=Dape(Alibi(3), 3)),
+            "the layer has heads 4, Dape was built for 3",
+        ),
         (
             lambda: layer(AttnWindow(lookahead=2))(tokens(1, 3), bias=cope()),
             "Cope: lookahead 2, block 1: it is about the keys up to the query",

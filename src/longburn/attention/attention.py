@@ -192,6 +192,8 @@ class Attention(nn.Module):
 
     def _check_bias(self, prescale: bool) -> None:
         policy = self.bias
+        if policy is not None:
+            self._check_sizes(policy)
         if not isinstance(policy, Policy):
             return
         name = type(policy).__name__
@@ -200,6 +202,22 @@ class Attention(nn.Module):
                 f"Attention: {name} changes queries, which rope or prescale would change again; "
                 "leave these out, it says itself where tokens stand"
             )
+        if policy.reads_queries and prescale:
+            raise ValueError(f"Attention: {name} computes with queries, which prescale would change; leave it out")
+        if policy.causal and (self.window.lookahead != 0 or self.window.block != 1):
+            raise ValueError(
+                f"Attention: {name} is about the keys up to the query, but the window has lookahead "
+                f"{self.window.lookahead} and block {self.window.block}; give the layer a causal window"
+            )
+
+    def _check_sizes(self, policy: BiasPolicy) -> None:
+        """A policy for other heads is refused before anything is written to a cache."""
+        for name, own in (("heads", self.heads), ("head_dim", self.head_dim)):
+            wanted = getattr(policy, name, None)
+            if isinstance(wanted, int) and wanted != own:
+                raise ValueError(
+                    f"Attention: the layer has {name} {own}, {type(policy).__name__} was built for {wanted}"
+                )
 
     def _policy(self, bias: BiasPolicy | Tensor | None) -> BiasPolicy | None:
         """The bias of a call that is given this one."""
@@ -211,7 +229,10 @@ class Attention(nn.Module):
             raise ValueError(
                 f"Attention: {type(bias).__name__} needs more of a layer than one call; give it to Attention(bias=...)"
             )
-        return DenseBias(bias) if isinstance(bias, Tensor) else bias
+        if isinstance(bias, Tensor):
+            return DenseBias(bias)
+        self._check_sizes(bias)
+        return bias
 
     @staticmethod
     def _keep(policy: BiasPolicy, cache: RollingKVCache | None) -> Callable[[Tensor, Tensor], None] | None:

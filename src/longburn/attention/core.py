@@ -168,18 +168,42 @@ def _biased(call: AttendCall, bias: BiasPolicy | Bound | Tensor) -> AttendResult
     block = max(1, ROWS // (call.q.shape[0] * call.q.shape[1] * S))
     keep = bias.keep if isinstance(bias, Bound) else None
     if not isinstance(policy, Policy) or (keep is None and (block >= T or not policy.writes_rows(context))):
-        return kernels.run(replace(call, bias=policy.terms(context)))
+        return kernels.run(replace(call, bias=_fitting(policy, policy.terms(context), call)))
     block = block if policy.writes_rows(context) else T
     parts, whole = [], context
     for start in range(0, T, block):
         stop = min(start + block, T)
         rows, part = (query_block(call, start, stop), context.queries(start, stop)) if block < T else (call, context)
-        parts.append(kernels.run(replace(rows, bias=policy.terms(part))))
+        parts.append(kernels.run(replace(rows, bias=_fitting(policy, policy.terms(part), rows))))
         if policy.renews and (stop < T or keep is not None):
             context = context._replace(extra=policy.renewed(part, whole))
     if keep is not None and context.extra is not None:
         keep(context.k_pos, context.extra)
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def _fitting(policy: BiasPolicy, terms: BiasTerms, call: AttendCall) -> BiasTerms:
+    """The terms, which kernels read as they are.
+
+    Raises:
+        ValueError: terms of another shape than the call's.
+    """
+    (B, H, T, _), S = call.q.shape, call.k_pos.shape[1]
+    shapes = {"slope": (H,), "key": (B, H, S), "row": (B, H, T), "table": (H, 0), "dense": (B, H, T, S)}
+    for name, wanted in shapes.items():
+        term = getattr(terms, name)
+        if term is None:
+            continue
+        shared = {"slope": 0, "table": 1}.get(name, 2)  # dimensions that may stand for all with 1
+        fits = len(term.shape) == len(wanted) and all(
+            n == w or not w or (n == 1 and i < shared) for i, (n, w) in enumerate(zip(term.shape, wanted, strict=True))
+        )
+        if not fits:
+            raise ValueError(
+                f"attend: {type(policy).__name__} gave `{name}` of {tuple(term.shape)} for a call with B, H, T, S = "
+                f"{(B, H, T, S)}; wanted the shapes of `BiasTerms`"
+            )
+    return terms
 
 
 def _of_tensor(bias: Tensor, call: AttendCall) -> BiasTerms:

@@ -28,12 +28,14 @@ class Alibi:
 
     Args:
         heads: query heads H; the slopes are the paper's.
-        slopes: `[H]`, instead of the paper's (they may be learned: gradients flow).
+        slopes: `[H]`, instead of the paper's. Gradients flow to them; this is no module, so a parameter among your own
+            is what an optimiser sees.
     """
 
     def __init__(self, heads: int, *, slopes: Tensor | None = None) -> None:
         if slopes is not None and slopes.shape != (heads,):
             raise ValueError(f"Alibi: slopes are {tuple(slopes.shape)}, wanted ({heads},), one a head")
+        self.heads = heads
         self.slopes = alibi_slopes(heads).float() if slopes is None else slopes
 
     def terms(self, context: BiasContext) -> BiasTerms:

@@ -27,6 +27,8 @@ class Cope(Policy):
 
     rows = True
     keys = True
+    causal = True
+    reads_queries = True
 
     def __init__(
         self,
@@ -39,6 +41,7 @@ class Cope(Policy):
         super().__init__()
         if head_dim < 1 or positions < 1:
             raise ValueError(f"Cope: head_dim {head_dim}, positions {positions}: wanted at least 1 of each")
+        self.head_dim = head_dim
         self.pos_emb = nn.Parameter(torch.zeros(head_dim, positions, dtype=dtype, device=device))
 
     def terms(self, context: BiasContext) -> BiasTerms:

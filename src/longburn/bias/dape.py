@@ -22,7 +22,7 @@ class Dape(Policy):
         width: of the hidden layer (leaky ReLU) of `mlp`, from 2 H to H numbers.
 
     Raises:
-        ValueError: a size below 1, or a base that keeps numbers for every token.
+        ValueError: a size below 1, or a base that keeps numbers for every token or changes queries.
     """
 
     rows = True
@@ -40,10 +40,10 @@ class Dape(Policy):
         super().__init__()
         if heads < 1 or width < 1:
             raise ValueError(f"Dape: heads {heads}, width {width}: wanted at least 1 of each")
-        if isinstance(base, Policy) and base.channels:
+        if isinstance(base, Policy) and (base.channels or base.changes_queries):
+            more = f"keeps {base.channels} numbers for every token" if base.channels else "changes queries"
             raise ValueError(
-                f"Dape: {type(base).__name__} keeps {base.channels} numbers for every token; "
-                "wanted a base that depends on positions and scores only"
+                f"Dape: {type(base).__name__} {more}; wanted a base that depends on positions and scores only"
             )
         self.heads = heads
         self.base = base

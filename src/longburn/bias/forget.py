@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longburn.bias.policy import BiasContext, Policy
+from longburn.bias.scores import check_causal
 from longburn.kernels.attend import BiasTerms
 
 
@@ -19,15 +20,19 @@ class ForgetBias(Policy):
     Args:
         dim: model size M.
         heads: query heads H.
+
+    Raises:
+        ValueError: (when used) a window with later keys.
     """
 
     sums = True
+    causal = True
 
     def __init__(
         self, dim: int, heads: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        self.channels = heads
+        self.channels = self.heads = heads
         self.gate = nn.Linear(dim, heads, dtype=dtype, device=device)
 
     def of_tokens(self, x: Tensor, q: Tensor, k: Tensor, positions: Tensor, previous: Tensor) -> Tensor:
@@ -38,4 +43,5 @@ class ForgetBias(Policy):
     def terms(self, context: BiasContext) -> BiasTerms:
         if context.extra is None or context.own is None:
             raise ValueError("ForgetBias: the sums of its gates are kept by the layer; give it to Attention(bias=...)")
+        check_causal("ForgetBias", context)
         return BiasTerms(key=context.extra, row=-context.own)

@@ -39,7 +39,7 @@ def record_bias(
         The rows so far, in the order of the calls. A position that is computed twice is there twice.
     """
     rows: list[BiasRow] = []
-    original = policy.terms
+    original, outer = policy.terms, vars(policy).get("terms")
 
     def terms(context: BiasContext) -> BiasTerms:
         found = original(context)
@@ -54,7 +54,10 @@ def record_bias(
     try:
         yield rows
     finally:
-        del vars(policy)["terms"]
+        if outer is None:
+            del vars(policy)["terms"]
+        else:
+            vars(policy)["terms"] = outer
 
 
 def _rows(terms: BiasTerms, context: BiasContext, row: int, kept: Sequence[int]) -> Iterator[BiasRow]:

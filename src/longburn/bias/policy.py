@@ -74,6 +74,10 @@ class Policy(nn.Module, ABC):
             all of them would be large.
         keys: `terms` looks at the keys.
         renews: queries change what is kept for the tokens that they see.
+        causal: it is about the keys up to the query; windows with later keys are refused.
+        reads_queries: `terms` computes with the queries as they were projected, which `prescale` would change.
+
+    Where it has `heads` or `head_dim`, they are what it was built for, and the layer's must be the same.
     """
 
     channels: int = 0
@@ -81,6 +85,8 @@ class Policy(nn.Module, ABC):
     rows: bool = False
     keys: bool = False
     renews: bool = False
+    causal: bool = False
+    reads_queries: bool = False
 
     @abstractmethod
     def terms(self, context: BiasContext) -> BiasTerms:

@@ -1,5 +1,7 @@
 """Relative attention of Transformer-XL (Dai et al., arXiv 1901.02860): a bias that depends on query and distance."""
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,8 @@ class RelativeBias(Policy):
     u and v are learned for every head, and W `[H * D, M]` projects the sinusoids R of the distance, which is negative
     for later keys. The bias is the second product; `queries` adds u for the first. Nothing is kept for a token. Rows
     `W R(m)` are kept for every distance m within the window (without one, for as many as there are keys), once while W
-    stays the same. Kept sink tokens beyond the window are seen at their true distance.
+    stays the same (after writing to its `.data`, say `eval()`). Kept sink tokens beyond the window are seen at their
+    true distance.
 
     Args:
         dim: model size M, an even number.
@@ -59,6 +62,11 @@ class RelativeBias(Policy):
 
     def queries(self, q: Tensor) -> Tensor:
         return q + self.u[:, None]
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module's; W may have been written to in ways that leave no trace (`.data`), so rows are made anew."""
+        self._kept = {key: (None, rows) for key, (_, rows) in self._kept.items()}
+        return super().train(mode)
 
     def terms(self, context: BiasContext) -> BiasTerms:
         wide = torch.promote_types(context.q.dtype, torch.float32)

@@ -33,6 +33,7 @@ class SelectiveBias(Policy):
     rows = True
     keys = True
     renews = True
+    causal = True
 
     def terms(self, context: BiasContext) -> BiasTerms:
         check_causal("SelectiveBias", context)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from longburn.cli.options import Debug
+from longburn.cli.options import Debug, torch_device
 from longburn.cli.sizes import show_size
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def doctor(
     check(window is not None or not sink_tokens, "sink tokens without --window: all tokens are kept")
     shape = Shape(
         batch, queries, keys, heads, kv_heads, head_dim, window, sink_tokens, sinks, dim, experts, experts_per_token,
-        DTYPES[dtype], kv_cache == "fp8", device or default_device(),
+        DTYPES[dtype], kv_cache == "fp8", str(torch_device(device or "auto")),
     )  # fmt: skip
     answers = explanations(shape)
     if as_json:
@@ -103,12 +103,6 @@ def doctor(
 def check(fine: bool, problem: str) -> None:
     if not fine:
         raise typer.BadParameter(problem)
-
-
-def default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def versions() -> dict[str, str]:
