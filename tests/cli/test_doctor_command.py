@@ -109,3 +109,12 @@ def test_wrong_usage(invoke, arguments: tuple[object, ...], message: str) -> Non
     assert (outcome.code, outcome.out) == (2, "")
     assert message in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+def test_a_device_that_is_not_there(invoke) -> None:
+    outcome = invoke("doctor", "--device", "cuda:99")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "--device cuda:99: this PyTorch" in outcome.err
+    outcome = invoke("doctor", "--device", "nope")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "--device 'nope': wanted auto, cpu, cuda or cuda:N" in outcome.err
