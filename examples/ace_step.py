@@ -9,6 +9,7 @@ ACE-Step has in one place, but the library does: streaming attention with RoPE, 
 tokens decide.
 """
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +22,8 @@ from longburn.attention import Attention
 from longburn.bias import ForgetBias
 from longburn.bias.picture import BiasPicture, record_bias
 from longburn.cache import RollingKVCache, Step, WindowPolicy
-from longburn.cli.bias_drawing import draw, page
+from longburn.cli.bias_drawing import PAGE_NUMBERS, draw, need_matplotlib, page
+from longburn.cli.music import check_output
 from longburn.generation import GenerationConfig, generate
 from longburn.models.ace_step.codecs import write_wav
 from longburn.models.ace_step.planner import PlannerSampling, SongPlan, SongRequest
@@ -33,6 +35,7 @@ from longburn.rope import RotaryEncoding
 from longburn.sampling import SamplerConfig
 
 DIM, HEADS, VOCABULARY = 64, 4, 256
+PROMPT, QUERIES = 32, 128  # tokens before the stream, and at most so many queries in a picture
 
 
 class Block(nn.Module):
@@ -55,8 +58,29 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+def drawn_queries(length: int, window: int, sink_tokens: int) -> range:
+    """Evenly spaced positions of queries whose biases, with the positions of their keys, fit into one page."""
+    numbers = (HEADS + 1) * min(length, window + sink_tokens)  # of one query
+    if numbers > PAGE_NUMBERS:
+        raise typer.BadParameter(
+            f"--window {window}: {numbers:,} numbers for a single query, wanted at most {PAGE_NUMBERS:,}; take less"
+        )
+    return range(0, length, math.ceil(length / min(QUERIES, PAGE_NUMBERS // numbers)))
+
+
+def check_plot(plot: Path) -> None:
+    """Refuse a picture that could not be written, before there is anything to draw."""
+    if plot.suffix not in (".png", ".html"):
+        raise typer.BadParameter(f"--plot {plot}: wanted a name that ends in .png or .html")
+    check_output(plot, "--plot")
+    if plot.suffix == ".png":
+        need_matplotlib()
+
+
 def stream(plot: Path, tokens: int, window: int, sink_tokens: int, seed: int) -> None:
     """Generate over rolling caches, and draw what the first layer's bias adds to each query's scores."""
+    check_plot(plot)
+    every = drawn_queries(PROMPT + tokens, window, sink_tokens)
     torch.manual_seed(seed)
     policy = WindowPolicy.fixed(window, sink_tokens=sink_tokens)
     model = Decoder(
@@ -66,10 +90,9 @@ def stream(plot: Path, tokens: int, window: int, sink_tokens: int, seed: int) ->
     assert isinstance(bias, ForgetBias)
     cache = model.init_cache(1)
     config, sampler = GenerationConfig(tokens, chunk_size=16), SamplerConfig(seed=seed)
-    every = range(0, 32 + tokens, max(1, tokens // 128))
     with torch.no_grad(), record_bias(bias, positions=every) as rows:
         made = [
-            event.token for event in generate(model, [list(range(32))], config=config, sampler=sampler, cache=cache)
+            event.token for event in generate(model, [list(range(PROMPT))], config=config, sampler=sampler, cache=cache)
         ]
     title = "Forgetting attention over a stream"
     notes = (f"{len(made)} sampled tokens; window {window}, {sink_tokens} kept sink tokens; random weights ({seed})",)
@@ -97,6 +120,7 @@ def main(
     """From a caption to a WAV file, or from a stream to a picture of its bias."""
     if plot is not None:
         return stream(plot, tokens, window, sink_tokens, seed)
+    check_output(output)
     if checkpoint is None:
         print("no --checkpoint: small random weights, so the sound is noise")
         maker = small_music_maker(seed)

@@ -3,15 +3,16 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from tempfile import NamedTemporaryFile
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from longburn.cli.display import note, progress
-from longburn.cli.generate import read_text
-from longburn.cli.options import MACHINE, MODEL, Debug, takes, torch_device
+from longburn.cli.music_options import MusicOptions
+from longburn.cli.options import takes
 from longburn.cli.stream import interruptible
 from longburn.cli.usage import wrong_usage
 
@@ -20,187 +21,8 @@ if TYPE_CHECKING:
 
     from longburn.models.ace_step.codecs import WavReader, Written
     from longburn.models.ace_step.planner import SongPlan, SongRequest
-    from longburn.models.ace_step.v15.music import MusicMaker, Task
+    from longburn.models.ace_step.v15.music import MusicMaker
     from longburn.models.ace_step.v15.sampling import Base, Turbo
-
-SONG, SOURCE, RUN = "Song", "Source", "Run"
-SMALL_SECONDS = 10.0  # of a piece by random weights, of which nobody says how long it is
-
-
-@dataclass(frozen=True)
-class MusicOptions:
-    """What is to be made, under what, and how."""
-
-    caption: Annotated[
-        str | None, typer.Option("--caption", "-c", help="Style, instruments, mood.", rich_help_panel=SONG)
-    ] = None
-    lyrics: Annotated[
-        str | None,
-        typer.Option(help="Lyrics, with section names in brackets. Default: none.", rich_help_panel=SONG),
-    ] = None
-    lyrics_file: Annotated[
-        Path | None, typer.Option(help="A UTF-8 text file with the lyrics.", rich_help_panel=SONG)
-    ] = None
-    duration: Annotated[
-        float | None, typer.Option(help="Seconds, 10 to 600. Default: the plan decides.", rich_help_panel=SONG)
-    ] = None
-    bpm: Annotated[int | None, typer.Option(help="Beats a minute, 30 to 300.", rich_help_panel=SONG)] = None
-    key: Annotated[str | None, typer.Option(help='Such as "F# minor".', rich_help_panel=SONG)] = None
-    time_signature: Annotated[str | None, typer.Option(help="2, 3, 4 or 6.", rich_help_panel=SONG)] = None
-    language: Annotated[str | None, typer.Option(help='Of the lyrics, such as "en".', rich_help_panel=SONG)] = None
-    task: Annotated[
-        Literal["cover", "repaint", "extend"] | None,
-        typer.Option(
-            help="With --source: another version of it, a span made anew, or more of it.", rich_help_panel=SOURCE
-        ),
-    ] = None
-    source: Annotated[Path | None, typer.Option(help="A WAV file, 48 kHz, mono or stereo.", rich_help_panel=SOURCE)] = (
-        None
-    )
-    start: Annotated[
-        float | None, typer.Option(help="repaint: where the span begins, in seconds.", rich_help_panel=SOURCE)
-    ] = None
-    end: Annotated[
-        float | None, typer.Option(help="repaint: where the span ends, in seconds.", rich_help_panel=SOURCE)
-    ] = None
-    strength: Annotated[
-        float | None,
-        typer.Option(help="cover: part of the steps led by the source. Default: 1.", rich_help_panel=SOURCE),
-    ] = None
-    context: Annotated[
-        float | None,
-        typer.Option(help="extend: seconds of the source's end that are heard. Default: all.", rich_help_panel=SOURCE),
-    ] = None
-    timbre: Annotated[
-        Path | None, typer.Option(help="A WAV file, 48 kHz, whose sound is wanted.", rich_help_panel=SOURCE)
-    ] = None
-    plan: Annotated[
-        bool,
-        typer.Option(help="Let the language model plan the piece and its audio codes first.", rich_help_panel=RUN),
-    ] = True
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Of the base and sft models. Default: 50 (turbo always takes 8).", rich_help_panel=RUN
-        ),
-    ] = None
-    guidance: Annotated[
-        float | None, typer.Option(help="Of the base and sft models. Default: 7.", rich_help_panel=RUN)
-    ] = None
-    shift: Annotated[
-        float | None, typer.Option(help="Of noise levels. Default: 3 for turbo, else 1.", rich_help_panel=RUN)
-    ] = None
-    seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same piece.", rich_help_panel=RUN)] = 0
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory of an ACE-Step 1.5 checkpoint. Default: small random weights, which make noise.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None
-    variant: Annotated[
-        str | None, typer.Option(help="Such as turbo, base, xl-turbo. Default: turbo.", rich_help_panel=MODEL)
-    ] = None
-    planner: Annotated[
-        str | None, typer.Option(help="Size of the language model. Default: 1.7B.", rich_help_panel=MODEL)
-    ] = None
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Of the weights. Default: float32 on the CPU, bfloat16 on a GPU.", rich_help_panel=MACHINE),
-    ] = None
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is cuda where there is one.", rich_help_panel=MACHINE)
-    ] = "auto"
-    debug: Debug = False
-
-    def request(self) -> "SongRequest":
-        """What is asked for. A value out of range is wrong usage."""
-        from longburn.models.ace_step.planner import SongRequest
-
-        if not self.caption:
-            raise typer.BadParameter("no --caption: wanted a few words on style, instruments, mood")
-        if self.lyrics is not None and self.lyrics_file is not None:
-            raise typer.BadParameter("--lyrics and --lyrics-file both given: wanted one of them")
-        lyrics = self.lyrics if self.lyrics_file is None else read_text(self.lyrics_file)
-        seconds = self.duration
-        if seconds is None and self.model is None and self.task is None:
-            seconds = SMALL_SECONDS
-        with wrong_usage():
-            request = SongRequest(
-                self.caption,
-                bpm=self.bpm,
-                duration=None if self.task is not None else seconds,
-                keyscale=self.key,
-                language=self.language,
-                timesignature=self.time_signature,
-            )
-        return request if lyrics is None else replace(request, lyrics=lyrics)
-
-    def check_source(self) -> None:
-        """Raises BadParameter for options that the task lacks or does not have."""
-        if (self.task is None) != (self.source is None):
-            raise typer.BadParameter("--task and --source belong together: give both or none")
-        belong = {"start": "repaint", "end": "repaint", "strength": "cover", "context": "extend"}
-        for name, task in belong.items():
-            if getattr(self, name) is not None and self.task != task:
-                raise typer.BadParameter(f"--{name} belongs to --task {task}")
-        if self.task == "repaint" and (self.start is None or self.end is None):
-            raise typer.BadParameter("--task repaint: wanted --start and --end, in seconds")
-        if self.task == "extend" and self.duration is None:
-            raise typer.BadParameter("--task extend: wanted --duration, the seconds to add")
-
-    def settings(self, maker: "MusicMaker") -> "Turbo | Base":
-        """How the model is run. A value out of range is wrong usage."""
-        from longburn.models.ace_step.v15.sampling import Base, Turbo
-
-        given = {"steps": self.steps, "guidance_scale": self.guidance, "shift": self.shift}
-        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        with wrong_usage():
-            if not isinstance(maker.settings, Turbo):
-                return replace(Base(), **chosen)
-            if wrong := [name for name in ("steps", "guidance") if getattr(self, name) is not None]:
-                raise ValueError(
-                    f"--{wrong[0]} is of the base and sft models; a turbo model takes 8 steps without guidance"
-                )
-            return replace(Turbo(), **chosen)
-
-    def load(self) -> "MusicMaker":
-        """The model, with a bar on the terminal."""
-        import torch
-
-        if self.model is None:
-            from longburn.models.ace_step.v15.small import small_music_maker
-
-            return small_music_maker(planner=self.plan and self.task is None)
-        from longburn.models.ace_step.v15.checkpoint import load_music_maker
-
-        device = torch_device(self.device)
-        dtype = getattr(torch, self.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-        with progress(f"loading {self.model}", count="share") as show:
-            return load_music_maker(
-                self.model,
-                variant=self.variant,
-                planner=self.planner,
-                plans=self.plan and self.task is None,
-                dtype=dtype,
-                device=device,
-                progress=lambda part, done, total: show(done, total),
-            )
-
-    def led_by(self, maker: "MusicMaker", recording: "Tensor") -> "Task":
-        """What leads the run besides words."""
-        from longburn.models.ace_step.v15.music import Cover, Extend, Repaint
-
-        match self.task:
-            case "cover":
-                return Cover(recording, 1.0 if self.strength is None else self.strength)
-            case "repaint":
-                assert self.start is not None
-                assert self.end is not None
-                return Repaint(recording, self.start, self.end)
-            case _:
-                assert self.duration is not None
-                return Extend(recording, self.duration, self.context)
 
 
 @takes(MusicOptions)
@@ -215,20 +37,28 @@ def music(
     """Make music from a caption and lyrics: 48 kHz stereo, with ACE-Step 1.5."""
     request = options.request()
     options.check_source()
-    if not output.parent.is_dir():
-        raise typer.BadParameter(f"--output {output}: no directory {output.parent}")
+    check_output(output)
     from longburn.diffusion import SamplingCancelledError
     from longburn.models.ace_step.codecs import Cancelled, WavReader
 
     heard = None if options.source is None else WavReader(options.source)
     timbre = None if options.timbre is None else WavReader(options.timbre)
+    with wrong_usage():
+        if heard is not None:
+            options.led_by(unheard(heard))
+        if timbre is not None and not unheard(timbre).shape[1]:
+            raise ValueError(f"--timbre {timbre.path}: {timbre.length} samples, wanted at least one frame of 0.04 s")
+    settings = options.settings()
     maker = options.load()
+    maker.check_lyrics(request)
     if options.model is None:
         note("no --model: small random weights take the part of ACE-Step 1.5, so this is noise")
     clock = Clock()
     try:
         with interruptible() as cancelled:
-            written, plan = _make(options, request, maker, heard, timbre, output, sample_format, clock, cancelled)
+            written, plan = _make(
+                options, request, maker, settings, heard, timbre, output, sample_format, clock, cancelled
+            )
     except (SamplingCancelledError, Cancelled):
         note(f"cancelled: {output} was not written")
         raise typer.Exit(130) from None
@@ -239,6 +69,28 @@ def music(
     parts = ", ".join(f"{name} {lap:.1f} s" for name, lap in clock.laps.items())
     work = sum(clock.laps.values())
     note(f"{output}: {seconds:.1f} s of audio in {work:.1f} s ({parts}): {seconds / work:.1f} s a second")
+
+
+def check_output(path: Path, option: str = "--output") -> None:
+    """Raises BadParameter where no file of this name can be written: the work comes first, and would be lost."""
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"{option} {path}: no directory {path.parent}")
+    try:
+        if path.is_dir():
+            raise typer.BadParameter(f"{option} {path}: a directory; wanted the name of a file")
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part"):
+            pass  # `WavWriter` will begin with a hidden file of this kind
+    except OSError as error:
+        raise typer.BadParameter(f"{option} {path}: cannot write there: {error.strerror}") from error
+
+
+def unheard(recording: "WavReader") -> "Tensor":
+    """As many frames of latents as there will be of it, with nothing in them: for checks that ask for their number."""
+    import torch
+
+    from longburn.models.ace_step.v15.config import FRAME_RATE
+
+    return torch.empty(1, recording.length * FRAME_RATE // recording.sample_rate, 0)
 
 
 class Clock:
@@ -258,6 +110,7 @@ def _make(
     options: MusicOptions,
     request: "SongRequest",
     maker: "MusicMaker",
+    settings: "Turbo | Base",
     heard: "WavReader | None",
     timbre: "WavReader | None",
     output: Path,
@@ -268,10 +121,9 @@ def _make(
     from longburn.models.ace_step.codecs import write_wav
     from longburn.models.ace_step.planner import PlannerSampling, SongPlan
 
-    settings = options.settings(maker)
     plan, codes, task = SongPlan(), None, None
     if heard is not None:
-        task = options.led_by(maker, maker.listen(heard))
+        task = options.led_by(_listen("listening", maker, heard, cancelled))
         clock.lap("listening")
     elif maker.planner is not None:
         trained = options.model is not None  # what random weights call a caption is not fit to print
@@ -280,6 +132,7 @@ def _make(
             plan, codes = maker.plan(request, sampling, caption=trained, on_code=show, cancelled=cancelled)
         clock.lap("plan")
         note("plan: " + ", ".join(f"{name} {value}" for name, value in asdict(plan).items() if value is not None))
+    sound = None if timbre is None else _listen("listening to the timbre", maker, timbre, cancelled)
     with progress("steps") as show:
         latents = maker.latents(
             request,
@@ -287,7 +140,7 @@ def _make(
             plan=plan,
             codes=codes,
             task=task,
-            timbre=None if timbre is None else maker.listen(timbre),
+            timbre=sound,
             settings=settings,
             seed=options.seed,
             on_step=show,
@@ -297,11 +150,14 @@ def _make(
     with progress(str(output), count="share") as show:
         written = write_wav(
             output,
-            maker.audio(latents),
+            maker.audio(latents, on_piece=show, cancelled=cancelled),
             sample_format=sample_format,
-            total=latents.shape[1] * maker.codec.config.hop_length,
-            progress=lambda done, total: show(done, total or done),
             cancelled=cancelled,
         )
     clock.lap("audio")
     return written, plan
+
+
+def _listen(label: str, maker: "MusicMaker", recording: "WavReader", cancelled: Callable[[], bool]) -> "Tensor":
+    with progress(label, count="share") as show:
+        return maker.listen(recording, on_piece=show, cancelled=cancelled)

@@ -219,6 +219,19 @@ def test_bad_audio_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.wav"]
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, kind: type, value: float) -> None:
+    """Where they are read; the rest of the file is what it was."""
+    path, samples = tmp_path / "song.wav", np.zeros((100, 2), kind)
+    samples[60, 1] = value
+    wavfile.write(path, 48000, samples)
+    reader = WavReader(path)
+    assert reader.between(0, 60).shape == (1, 2, 60)
+    with pytest.raises(ValueError, match=r"song.wav: 1 of samples 60 to 100 are not finite"):
+        reader.between(60, 100)
+
+
 def test_bad_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
     write_wav(path, [audio_of(100)], sample_rate=44100)

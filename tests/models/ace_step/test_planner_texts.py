@@ -312,11 +312,16 @@ def test_lyrics_lose_their_title(tokenizer: Tokenizer) -> None:
         ({"timesignature": "5/4"}, "time signature '5/4', wanted 2/4, 3/4, 4/4 or 6/8"),
         ({"timesignature": "6/4"}, "time signature '6/4'"),
         ({"duration": 9}, "duration 9 s, wanted 10 to 600 s"),
+        ({"duration": "10"}, "duration '10', wanted a number of seconds, 10 to 600"),
+        ({"caption": None}, "caption is None, wanted a string"),
+        ({"lyrics": None}, "lyrics is None, wanted a string"),
+        ({"lyrics": ["la"]}, r"lyrics is \['la'\], wanted a string"),
+        ({"negative": 3}, "negative is 3, wanted a string"),
     ],
 )
 def test_requests_that_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SongRequest("x", **settings)
+        SongRequest(**{"caption": "x"} | settings)
 
 
 def test_values_are_read_in_any_spelling() -> None:

@@ -12,6 +12,8 @@ from v15_peers import COMMON, assert_parity, diffusers_parts, official_settings,
 
 from longburn import AttnWindow
 from longburn.models.ace_step.v15 import AceStep15, AceStep15Config, diffusers_rules, official_rules
+from longburn.models.ace_step.v15.checkpoint import find_parts
+from longburn.models.ace_step.v15.model import read_config
 from longburn.models.ace_step.v15.names import DIFFUSERS_PARTS
 from longburn.weights import CheckpointError, CheckpointMismatch, save_checkpoint
 
@@ -143,6 +145,23 @@ def test_silence_that_is_not_there_or_not_silence(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(CheckpointError, match=r"silence_latent.pt: no such file"):
         AceStep15.from_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("size", ["2b", "xl"])
+def test_the_configuration_without_the_weights(tmp_path: Path, size: str) -> None:
+    for name, write in (("official", write_official), ("diffusers", write_diffusers)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, size)
+        loaded = AceStep15.from_checkpoint(tmp_path / name)
+        for weights in (tmp_path / name).rglob("*.safetensors"):
+            weights.unlink()
+        assert read_config(tmp_path / name) == loaded.config
+
+
+def test_the_transformer_of_the_other_generation(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "ACEStepTransformer2DModel"}')
+    with pytest.raises(CheckpointError, match=r"the transformer of ACE-Step v1 .* wanted a checkpoint of ACE-Step 1.5"):
+        find_parts(tmp_path)
 
 
 def test_parts_of_a_pipeline_that_are_missing(tmp_path: Path) -> None:

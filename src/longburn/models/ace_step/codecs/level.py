@@ -20,11 +20,16 @@ def at_peak(pieces: Iterable[Tensor], *, decibels: float = PEAK) -> Iterator[Ten
     does not grow, a disk has to hold 4 bytes a number.
 
     Raises:
-        ValueError: a number that is not finite, or pieces of another number of channels.
+        ValueError: a number that is not finite, pieces of another number of channels, or of more than one row.
     """
     peak, channels = 0.0, None
     with tempfile.TemporaryFile() as file:
         for piece in pieces:
+            if piece.dim() not in (2, 3) or (piece.dim() == 3 and piece.shape[0] != 1):
+                raise ValueError(
+                    f"at_peak: a piece {tuple(piece.shape)}, wanted [channels, n] or [1, channels, n]; "
+                    "take rows one by one"
+                )
             audio = piece[0] if piece.dim() == 3 else piece
             if audio.shape[0] != (channels := channels or audio.shape[0]):
                 raise ValueError(f"at_peak: a piece of {audio.shape[0]} channels after one of {channels}")

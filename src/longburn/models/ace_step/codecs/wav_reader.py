@@ -53,7 +53,7 @@ class WavReader:
         """Samples `start .. stop - 1`, fp32 in -1 .. 1, `[1, channels, stop - start]`.
 
         Raises:
-            ValueError: a stretch that the file does not hold.
+            ValueError: a stretch that the file does not hold, or numbers in it that are not finite.
         """
         if not 0 <= start <= stop <= self.length:
             raise ValueError(f"{self.path}: asked for samples {start} to {stop}, has {self.length}")
@@ -64,6 +64,11 @@ class WavReader:
         if len(data) != (stop - start) * layout.frame_bytes:
             raise ValueError(f"{self.path}: became shorter while it was read")
         values = _values(data, layout).reshape(-1, layout.channels)
+        if layout.kind == FLOAT and not (finite := np.isfinite(values)).all():
+            raise ValueError(
+                f"{self.path}: {np.count_nonzero(~finite)} of samples {start} to {stop} are not finite; "
+                "wanted numbers in -1 to 1, so write the file anew"
+            )
         return torch.from_numpy(np.ascontiguousarray(values.T)).expand(self.channels, -1)[None]
 
 

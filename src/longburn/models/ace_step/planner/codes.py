@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,9 @@ def codes_of(seconds: float) -> int:
 
 def check_duration(seconds: float) -> float:
     """Refuse what is not a duration of 10 to 600 s."""
+    numbers: tuple[type, ...] = (Real,)  # NumPy's too
+    if not isinstance(seconds, numbers):
+        raise ValueError(f"ACE-Step: duration {seconds!r}, wanted a number of seconds, {SHORTEST} to {LONGEST}")
     if not SHORTEST <= seconds <= LONGEST:  # refuses NaN too
         raise ValueError(f"ACE-Step: duration {seconds} s, wanted {SHORTEST} to {LONGEST} s")
     return seconds

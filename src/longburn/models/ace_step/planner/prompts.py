@@ -43,6 +43,10 @@ class SongRequest:
 
     def __post_init__(self) -> None:
         readers = {"keyscale": read_keyscale, "language": read_language, "timesignature": read_time}
+        for name in ("caption", "lyrics", "negative"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (name != "negative" or value is not None):
+                raise ValueError(f"SongRequest: {name} is {value!r}, wanted a string")
         for name, read in readers.items():
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, read(str(value)))

@@ -8,15 +8,16 @@ import torch
 
 from longburn.models.ace_step.codecs import Oobleck
 from longburn.models.ace_step.planner import Planner
-from longburn.models.ace_step.v15.model import AceStep15
+from longburn.models.ace_step.v15.model import DIFFUSERS, AceStep15
 from longburn.models.ace_step.v15.music import MusicMaker
 from longburn.models.ace_step.v15.texts import TextEncoder
+from longburn.models.settings import read_settings
 from longburn.weights import CheckpointError
 
-CODEC, PLANNERS, DIFFUSERS = "vae", "acestep-5Hz-lm-", "transformer"
+CODEC, PLANNERS = "vae", "acestep-5Hz-lm-"
 MODELS = "acestep-v15-"
 TEXTS = ("Qwen3-Embedding-0.6B", "text_encoder")  # official, diffusers'
-V1 = "ace_step_transformer"  # the other generation's
+V1, V1_CLASS = "ace_step_transformer", "ACEStepTransformer2DModel"  # the other generation's
 SIZES = ("1.7B", "0.6B", "4B")  # of planners, the default first
 
 
@@ -47,6 +48,10 @@ def find_parts(path: str | Path, *, variant: str | None = None, planner: str | N
         raise CheckpointError(f"{path}: no such directory; wanted that of an ACE-Step 1.5 checkpoint")
     if (path / V1).is_dir():
         raise CheckpointError(f"{path}: a checkpoint of ACE-Step v1 (it has {V1}); wanted one of ACE-Step 1.5")
+    if (path / "config.json").is_file() and read_settings(path).get("_class_name") == V1_CLASS:
+        raise CheckpointError(
+            f"{path}: the transformer of ACE-Step v1 ({V1_CLASS}); wanted a checkpoint of ACE-Step 1.5"
+        )
     if (path / DIFFUSERS).is_dir():
         model = path
         if variant is not None:

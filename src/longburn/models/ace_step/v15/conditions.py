@@ -115,3 +115,12 @@ def _embed(encoder: Encoder, x: Tensor) -> Tensor:
 
 def _filled(mask: Tensor | None, part: Tensor) -> Tensor:
     return torch.ones(part.shape[:2], dtype=torch.bool, device=part.device) if mask is None else mask
+
+
+def thirds(latents: Tensor, frames: int) -> Tensor:
+    """A third of `frames` each from the beginning, from a third on, and from the end; repeated where it is shorter."""
+    times = -(-frames // latents.shape[1])
+    latents, third = latents.repeat(1, times, 1), frames // 3
+    total = latents.shape[1]
+    starts = (0, total // 3, total - third)
+    return torch.cat([latents[:, start : start + third] for start in starts], 1)

@@ -16,6 +16,7 @@ from longburn.models.settings import read_settings
 from longburn.weights import CheckpointError, SafetensorsSource, load_checkpoint
 
 Progress = Callable[[int, int], None]
+DIFFUSERS = "transformer"  # a directory that only a diffusers pipeline has
 SILENCE_FILE = "silence_latent.pt"
 LONGEST = 15000  # frames: ten minutes
 
@@ -60,9 +61,9 @@ class AceStep15(nn.Module):
             ValueError: a configuration that is not ACE-Step 1.5's.
         """
         path = Path(path)
-        if (path / "transformer").is_dir():
-            return _from_diffusers(path, dtype, device, progress)
-        config = AceStep15Config.from_config(read_settings(path))
+        config = read_config(path)
+        if (path / DIFFUSERS).is_dir():
+            return _from_diffusers(path, config, dtype, device, progress)
         model = _on_meta(config, dtype)
         silence = _read_silence(path / SILENCE_FILE, config)
         load_checkpoint(model, SafetensorsSource(path), official_rules(config), device=device, progress=progress)
@@ -79,16 +80,24 @@ class AceStep15(nn.Module):
         return self.detokenizer.forward(self.tokenizer.quantizer.of_ids(ids))
 
 
+def read_config(path: Path) -> AceStep15Config:
+    """The configuration of an official directory or of a diffusers pipeline; raises as `AceStep15.from_checkpoint`."""
+    if not (path / DIFFUSERS).is_dir():
+        return AceStep15Config.from_config(read_settings(path))
+    if absent := [part for part in DIFFUSERS_PARTS if not (path / part).is_dir()]:
+        raise CheckpointError(f"{path}: no {', '.join(absent)}; wanted a directory for each of {list(DIFFUSERS_PARTS)}")
+    settings: Mapping[str, Mapping[str, Any]] = {part: read_settings(path / part) for part in DIFFUSERS_PARTS}
+    return AceStep15Config.from_diffusers(settings)
+
+
 def _on_meta(config: AceStep15Config, dtype: torch.dtype) -> AceStep15:
     with torch.device("meta"):
         return AceStep15(config, dtype=dtype)
 
 
-def _from_diffusers(path: Path, dtype: torch.dtype, device: torch.device | str, progress: Progress | None) -> AceStep15:
-    if absent := [part for part in DIFFUSERS_PARTS if not (path / part).is_dir()]:
-        raise CheckpointError(f"{path}: no {', '.join(absent)}; wanted a directory for each of {list(DIFFUSERS_PARTS)}")
-    settings: Mapping[str, Mapping[str, Any]] = {part: read_settings(path / part) for part in DIFFUSERS_PARTS}
-    config = AceStep15Config.from_diffusers(settings)
+def _from_diffusers(
+    path: Path, config: AceStep15Config, dtype: torch.dtype, device: torch.device | str, progress: Progress | None
+) -> AceStep15:
     model = _on_meta(config, dtype)
     sources = {part: SafetensorsSource(path / part) for part in DIFFUSERS_PARTS}
     held = sources["condition_encoder"]

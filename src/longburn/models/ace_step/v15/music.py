@@ -1,11 +1,11 @@
 """From a request to sound with ACE-Step 1.5: a plan and audio codes if there is a planner, latents, audio.
 
 A request in words is read by the text encoder, the transformer turns noise into latents under it, and the codec turns
-those into audio. What leads a run besides words is a task: `Cover`, `Repaint`, `Extend`.
+those into audio. What leads a run besides words is a task (`leads`): `Cover`, `Repaint`, `Extend`.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,61 +15,22 @@ from torch import Tensor
 from longburn.diffusion import Cancelled, OnStep, SamplingCancelledError, draw_noise, seeded
 from longburn.models.ace_step.codecs import Oobleck
 from longburn.models.ace_step.codecs.level import at_peak
-from longburn.models.ace_step.codecs.tiles import Signal
+from longburn.models.ace_step.codecs.tiles import Samples, Signal
 from longburn.models.ace_step.planner import Planner, PlannerSampling, SongPlan, SongRequest
-from longburn.models.ace_step.planner.codes import LONGEST, SHORTEST, check_duration, codes_of
+from longburn.models.ace_step.planner.codes import check_duration, codes_of
 from longburn.models.ace_step.v15 import sampling
+from longburn.models.ace_step.v15.conditions import thirds
 from longburn.models.ace_step.v15.config import FRAME_RATE
+from longburn.models.ace_step.v15.leads import Cover, Extend, Repaint, Task, check_latents
 from longburn.models.ace_step.v15.model import AceStep15
 from longburn.models.ace_step.v15.prompts import Metadata, caption_text, lyrics_text
 from longburn.models.ace_step.v15.sampling import Base, Turbo
-from longburn.models.ace_step.v15.tasks import DiTVelocity, context_latents, frame_span, recorded_passes
+from longburn.models.ace_step.v15.tasks import DiTVelocity, context_latents, frames_of, recorded_passes
 from longburn.models.ace_step.v15.texts import TextEncoder
 
+__all__ = ["Cover", "Extend", "MusicMaker", "Repaint", "Task"]
+
 LANGUAGE = "en"  # of lyrics of which nobody says
-
-
-@dataclass(frozen=True, eq=False)
-class Cover:
-    """Another version of a recording, from what its audio tokens say of it.
-
-    Args:
-        source: the recording's latents `[1, N, 64]` (`MusicMaker.listen`).
-        strength: part of the steps that are led by it.
-        closeness: 0 starts from noise, more starts nearer to the recording itself.
-    """
-
-    source: Tensor
-    strength: float = 1.0
-    closeness: float = 0.0
-
-
-@dataclass(frozen=True, eq=False)
-class Repaint:
-    """A recording with the span from `start` to `end` seconds made anew."""
-
-    source: Tensor
-    start: float
-    end: float
-
-
-@dataclass(frozen=True, eq=False)
-class Extend:
-    """A recording that goes on for `seconds` more.
-
-    Args:
-        source: its latents `[1, N, 64]`.
-        seconds: to add.
-        context: seconds at its end that the new part is made under; None is all of it. More costs more, and what is
-            not heard is not referred to.
-    """
-
-    source: Tensor
-    seconds: float
-    context: float | None = None
-
-
-Task = Cover | Repaint | Extend
 
 
 class MusicMaker:
@@ -91,16 +52,48 @@ class MusicMaker:
         return Turbo() if self.model.config.is_turbo else Base()
 
     @torch.no_grad()
-    def listen(self, audio: Tensor | Signal, *, mode: Literal["mean", "sample"] = "mean", seed: int = 0) -> Tensor:
+    def listen(
+        self,
+        audio: Tensor | Signal,
+        *,
+        mode: Literal["mean", "sample"] = "mean",
+        seed: int = 0,
+        on_piece: OnStep | None = None,
+        cancelled: Cancelled | None = None,
+    ) -> Tensor:
         """Latents `[1, N, 64]` of audio `[1, 2, T]` at the codec's rate, of whose end less than a frame is left out.
 
         Args:
             mode: the posterior's mean, which is the same every time, or a draw of it, as in the released pipeline.
+            seed: of the draw.
+            on_piece: told (frames heard, frames in all) after each piece.
+            cancelled: asked before each piece.
+
+        Raises:
+            ValueError: another number of rows or channels, or audio that is too short for one frame.
+            SamplingCancelledError: as was asked.
         """
+        signal = Samples(audio) if isinstance(audio, Tensor) else audio
+        came = signal.between(0, 0).shape[:-1]
+        channels = self.codec.config.audio_channels
+        if came != (1, channels):
+            raise ValueError(
+                f"MusicMaker.listen: audio {[*came, signal.length]}, wanted [1, {channels}, T]; "
+                "repeat a single channel, and listen to recordings one by one"
+            )
         (generator,) = seeded([seed], self.model.silence.device)
-        parts = self.codec.encode_stream(audio)
-        latents = [part.mean if mode == "mean" else part.sample(generator) for part in parts]
-        return torch.cat(latents, 2).mT.to(self.model.silence)
+        parts = self.codec.encode_stream(signal)
+        latents = (part.mean if mode == "mean" else part.sample(generator) for part in parts)
+        frames = signal.length // self.codec.config.hop_length
+        return torch.cat([*_watched("listen", latents, frames, on_piece, cancelled)], 2).mT.to(self.model.silence)
+
+    def check_lyrics(self, request: SongRequest, plan: SongPlan | None = None) -> None:
+        """Refuse lyrics that the text encoder does not read to the end, before anything is made of them.
+
+        Raises:
+            ValueError: too many tokens, those of the words around the lyrics with them.
+        """
+        self.texts.lyric_ids(_told_lyrics(request, plan or SongPlan()))
 
     def plan(
         self,
@@ -121,12 +114,14 @@ class MusicMaker:
             cancelled: asked before each code.
 
         Raises:
-            ValueError: there is no planner, or it refuses the request.
+            ValueError: there is no planner, it refuses the request, or `check_lyrics` does.
             SamplingCancelledError: as was asked.
         """
         if self.planner is None:
             raise ValueError("MusicMaker.plan: no planner; load one, or make music without codes")
+        self.check_lyrics(request)
         plan = self.planner.plan(request, sampling, caption=caption)
+        self.check_lyrics(request, plan)  # now that their language is known
         codes: list[int] = []
         total = codes_of(request.duration or plan.duration or 0)
         for (code,) in self.planner.stream_codes([(request, plan)], sampling):
@@ -168,10 +163,17 @@ class MusicMaker:
             cancelled: asked before each step.
 
         Raises:
-            ValueError: a duration outside 10 to 600 s, lyrics that are too long, codes beside a task.
+            ValueError: a duration outside 10 to 600 s, lyrics that are too long, codes beside a task, or other codes
+                than the duration and the model ask for, latents of another shape.
             SamplingCancelledError: as was asked.
         """
         settings, plan = settings or self.settings, plan or SongPlan()
+        (generator,) = seeded([seed])  # on the CPU, whose numbers are the same everywhere
+        self.check_lyrics(request, plan)
+        channels = self.model.silence.shape[2]
+        for name, recording in (("task", None if task is None else task.source), ("timbre", timbre)):
+            if recording is not None:
+                check_latents(f"MusicMaker.latents: {name}", recording, channels)
         if task is not None and codes is not None:
             raise ValueError(f"MusicMaker.latents: codes beside a {type(task).__name__}; wanted one of them")
         asked = seconds if seconds is not None else request.duration or plan.duration
@@ -188,31 +190,60 @@ class MusicMaker:
                 silent = context_latents(self.model.silent(run.frames))
                 plain = DiTVelocity(self.model.dit, silent, told, null=null, passes=self._passes)
             cover = sampling.Cover(task.strength, plain, task.closeness, task.source)
-        noise = draw_noise((1, run.frames, self.model.silence.shape[2]), seeded([seed])).to(self.model.silence.device)
+        noise = draw_noise((1, run.frames, channels), [generator]).to(self.model.silence.device)
         made = sampling.sample(
-            velocity, noise, settings, cover=cover, repaint=run.repaint, on_step=on_step, cancelled=cancelled
+            velocity,
+            noise,
+            settings,
+            cover=cover,
+            repaint=run.repaint,
+            generator=generator,
+            on_step=on_step,
+            cancelled=cancelled,
         )
         return made if run.before is None else torch.cat([run.before.to(made), made], 1)
 
-    def audio(self, latents: Tensor, *, decibels: float | None = -1.0) -> Iterator[Tensor]:
+    def audio(
+        self,
+        latents: Tensor,
+        *,
+        decibels: float | None = -1.0,
+        on_piece: OnStep | None = None,
+        cancelled: Cancelled | None = None,
+    ) -> Iterator[Tensor]:
         """The audio of latents `[1, N, 64]`, in consecutive pieces `[.., 2, n]` whose memory does not grow with N.
 
         Args:
             decibels: level of the largest number (`at_peak`), which is known only when all is decoded; None leaves the
                 codec's own level, and the first piece comes at once.
+            on_piece: told (samples decoded, samples in all) after each piece.
+            cancelled: asked before each piece is decoded.
+
+        Raises:
+            ValueError: latents of another shape.
+            SamplingCancelledError: (while iterating) as was asked.
         """
-        like = next(self.codec.decoder.parameters())
-        pieces: Iterable[Tensor] = self.codec.decode_stream(latents.mT.to(like))
-        return iter(pieces) if decibels is None else at_peak(pieces, decibels=decibels)
+        config, like = self.codec.config, next(self.codec.decoder.parameters())
+        check_latents("MusicMaker.audio", latents, config.decoder_input_channels)
+        decoded = self.codec.decode_stream(latents.mT.to(like))
+        pieces = _watched("audio", decoded, latents.shape[1] * config.hop_length, on_piece, cancelled)
+        return pieces if decibels is None else at_peak(pieces, decibels=decibels)
 
     # --- what leads a run --------------------------------------------------------------------------------------------
 
     def _of_words(self, seconds: float | None, codes: Sequence[int] | None) -> "_Run":
         if seconds is None:
             raise ValueError("MusicMaker.latents: no duration; wanted seconds, or one in the request or the plan")
-        frames = math.ceil(check_duration(seconds) * FRAME_RATE)
+        frames = frames_of(check_duration(seconds))
         if codes is None:
             return _Run("text2music", frames, context_latents(self.model.silent(frames)))
+        if len(codes) != (wanted := codes_of(seconds)):
+            raise ValueError(
+                f"MusicMaker.latents: {len(codes)} codes for {seconds} s, wanted {wanted}; make them for this duration"
+            )
+        known = self.model.tokenizer.quantizer.codebook_size
+        if wrong := [code for code in codes if not 0 <= code < known]:
+            raise ValueError(f"MusicMaker.latents: code {wrong[0]}, wanted 0 to {known - 1}; take the model's planner")
         hints = self.model.hints(torch.tensor([list(codes)], device=self.model.silence.device))[:, :frames]
         source = torch.cat([hints, self.model.silent(frames)[:, hints.shape[1] :]], 1)
         return _Run("cover", frames, context_latents(source))
@@ -222,33 +253,20 @@ class MusicMaker:
         frames = source.shape[1]
         if isinstance(task, Extend):
             return self._of_extension(task, source)
-        if seconds is not None and math.ceil(seconds * FRAME_RATE) != frames:
+        if seconds is not None and not (math.isfinite(seconds) and frames_of(seconds) == frames):
             raise ValueError(
                 f"MusicMaker.latents: {seconds} s for a {type(task).__name__} of {frames / FRAME_RATE} s; "
                 "it is as long as its recording"
             )
         if isinstance(task, Cover):
-            check_duration(frames / FRAME_RATE)
             hints = self.model.detokenizer.forward(self.model.tokenizer.forward(source, self.model.silence)[0])
             return _Run("cover", frames, context_latents(hints[:, :frames]))
-        span = frame_span(task.start, task.end, frames)
-        context = context_latents(source, span=span, silence=self.model.silent(frames))
-        return _Run("repaint", frames, context, sampling.Repaint(source, span))
+        context = context_latents(source, span=task.span, silence=self.model.silent(frames))
+        return _Run("repaint", frames, context, sampling.Repaint(source, task.span))
 
     def _of_extension(self, task: Extend, source: Tensor) -> "_Run":
-        heard = source.shape[1] if task.context is None else math.ceil(task.context * FRAME_RATE)
-        if not task.seconds > 0 or not 0 < heard <= source.shape[1]:
-            raise ValueError(
-                f"MusicMaker.latents: an extension by {task.seconds} s under {task.context} s of "
-                f"{source.shape[1] / FRAME_RATE} s; wanted more than 0 s, under more than 0 s and at most all of it"
-            )
-        more = math.ceil(task.seconds * FRAME_RATE)
+        heard, more = task.heard, task.more
         frames, span = heard + more, (heard, heard + more)
-        if not SHORTEST <= frames / FRAME_RATE <= LONGEST:
-            raise ValueError(
-                f"MusicMaker.latents: {heard / FRAME_RATE} s that are heard and {task.seconds} s to add are "
-                f"{frames / FRAME_RATE} s; wanted {SHORTEST} to {LONGEST} s together"
-            )
         silence = self.model.silent(frames)
         canvas = torch.cat([source[:, -heard:], silence[:, :more]], 1)
         context = context_latents(canvas, span=span, silence=silence)
@@ -263,9 +281,9 @@ class MusicMaker:
         )
         metadata = Metadata(seconds, bpm, keyscale, None if time is None else str(time))
         caption = self.texts.caption(caption_text(plan.caption or request.caption, metadata, task=task))
-        lyrics = self.texts.lyrics(lyrics_text(request.lyrics, request.language or plan.language or LANGUAGE))
+        lyrics = self.texts.lyrics(_told_lyrics(request, plan))
         like, fixed = self.model.silence, self.model.config.timbre_fix_frame
-        heard = self.model.silent(fixed) if timbre is None else _thirds(timbre.to(like), fixed)
+        heard = self.model.silent(fixed) if timbre is None else thirds(timbre.to(like), fixed)
         return self.model.encoder.forward(caption.to(like), lyrics.to(like), heard[:, None]).hidden
 
 
@@ -280,10 +298,21 @@ class _Run:
     before: Tensor | None = None
 
 
-def _thirds(latents: Tensor, frames: int) -> Tensor:
-    """A third of `frames` each from the beginning, from a third on, and from the end; repeated where it is shorter."""
-    times = -(-frames // latents.shape[1])
-    latents, third = latents.repeat(1, times, 1), frames // 3
-    total = latents.shape[1]
-    starts = (0, total // 3, total - third)
-    return torch.cat([latents[:, start : start + third] for start in starts], 1)
+def _told_lyrics(request: SongRequest, plan: SongPlan) -> str:
+    return lyrics_text(request.lyrics, request.language or plan.language or LANGUAGE)
+
+
+def _watched(
+    name: str, pieces: Iterator[Tensor], total: int, on_piece: OnStep | None, cancelled: Cancelled | None
+) -> Iterator[Tensor]:
+    """The same pieces `[.., n]`, with `on_piece` told of every n and `cancelled` asked before each piece."""
+    done = 0
+    while True:
+        if cancelled is not None and cancelled():
+            raise SamplingCancelledError(f"MusicMaker.{name}: cancelled after {done} of {total}")
+        if (piece := next(pieces, None)) is None:
+            return
+        done += piece.shape[-1]
+        if on_piece is not None:
+            on_piece(done, total)
+        yield piece

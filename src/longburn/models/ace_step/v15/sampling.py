@@ -206,7 +206,8 @@ def sample(
             is what the released loops do.
         settings: `Turbo` or `Base`.
         cover, repaint: see there.
-        generator: of the fresh noise of "sde". None is PyTorch's own, as in the released loops, which no seed fixes.
+        generator: of the fresh noise of "sde", which is drawn on its device. None is PyTorch's own, as in the released
+            loops, which no seed fixes.
         on_step: told (steps done, steps in all) after each step.
         cancelled: asked before each step.
 
@@ -239,8 +240,9 @@ def sample(
             t_next = t_next if turbo else 1 - (step + 1) / steps
             x = denoised(x, v, t)
             if t_next > 0:
-                fresh = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-                x = noised(x, fresh, t_next)
+                place = x.device if generator is None else generator.device
+                fresh = torch.randn(x.shape, generator=generator, device=place, dtype=x.dtype)
+                x = noised(x, fresh.to(x.device), t_next)
         elif settings.method == "heun" and not (last and turbo):
             ahead = euler(x, v, t, t_next)
             x = heun(x, v, guide(now, ahead, t_next, correcting=True), t, t_next)

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,11 @@ Span = tuple[int, int]
 Passes = Recorded[bool]
 
 
+def frames_of(seconds: float) -> int:
+    """Frames that hold so many seconds. What multiplying adds by rounding (16.6 x 25 is above 415) is no frame."""
+    return math.ceil(round(seconds * FRAME_RATE, 6))
+
+
 def frame_span(start: float, end: float, frames: int) -> Span:
     """Frames of a span in seconds, cut to those that there are; at least one. Parts of frames are dropped.
 
@@ -34,8 +40,8 @@ def frame_span(start: float, end: float, frames: int) -> Span:
     """
     if not (start < end and end > 0 and start * FRAME_RATE < frames):
         raise ValueError(f"frame_span: {start} to {end} s of {frames / FRAME_RATE} s; wanted start < end within them")
-    first = max(int(start * FRAME_RATE), 0)
-    return first, min(max(int(end * FRAME_RATE), first + 1), frames)
+    first = int(max(start * FRAME_RATE, 0))
+    return first, max(int(min(end * FRAME_RATE, frames)), first + 1)
 
 
 def context_latents(source: Tensor, *, span: Span | None = None, silence: Tensor | None = None) -> Tensor:

@@ -76,13 +76,18 @@ class TextEncoder:
         Raises:
             ValueError: more than 2048 tokens.
         """
+        embedded: Tensor = self.model.embed(self.lyric_ids(text).to(self.model.embed.weight.device))
+        return embedded
+
+    def lyric_ids(self, text: str) -> Tensor:
+        """Tokens of a text for `lyrics`, `[1, T]`; raises what it raises."""
         ids = self._ids(text)
         if ids.shape[1] > MOST_LYRIC_TOKENS:
             raise ValueError(
-                f"ACE-Step: the lyrics are {ids.shape[1]} tokens, wanted at most {MOST_LYRIC_TOKENS}; cut them"
+                f"ACE-Step: the lyrics and the words around them are {ids.shape[1]} tokens, wanted at most "
+                f"{MOST_LYRIC_TOKENS}; cut the lyrics"
             )
-        embedded: Tensor = self.model.embed(ids.to(self.model.embed.weight.device))
-        return embedded
+        return ids
 
     def _ids(self, text: str) -> Tensor:
         return torch.tensor([self.tokenizer.encode(text).ids])
