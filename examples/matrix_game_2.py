@@ -51,7 +51,7 @@ def walk(world: PlayableWorld, keys: list[str], seed: int, path: Path | None) ->
     if path is not None:
         with VideoWriter(path, world.frame_size, world.fps) as video, progress(str(path)) as show:
             for done, some in enumerate(frames, 1):
-                video.add(np.stack(some))
+                video.add(some)
                 show(done, len(frames))
         print(f"{path}: {count} frames at {world.fps:g} a second")
 

@@ -66,6 +66,7 @@ def test_keys_of_a_script(invoke, world: DotWorld, tmp_path: Path) -> None:
     assert (facts["steps"], facts["frames"], facts["output"], facts["seed"]) == (5, 11, str(path), 4)
     assert len(facts["seconds"]) == 5
     assert "5 steps, 11 frames; a step took" in outcome.err
+    assert outcome.err.endswith(f": {10 / sum(facts['seconds']):.1f} frames/s\n")  # no step made the first one
     shown = pictures(path)
     again = DotWorld()
     frames = [again.reset(seed=4).frames, *(again.step(action).frames for action in (0, 3, 3, 4, 1))]
@@ -98,7 +99,13 @@ def test_steps_end_a_script_and_an_end_begins_anew(invoke, world: DotWorld) -> N
         (("--keys", "w", "-o", "nowhere/a.gif"), 2, "no directory nowhere"),
         (("--keys", "w", "-o", "a.gif", "--fps", "90"), 2, "90 frames a second, a GIF file has at most 50"),
         (("--keys", "w", "--agent"), 2, "--keys is for playing; --agent plays by itself"),
-        (("--agent",), 2, "goes on for ever without being seen: give --steps"),
+        (("--keys", "w", "-o", "a.gif", "--scale", "70000"), 2, "70000 x 70000 pixels, a GIF file has at most 65535"),
+        (
+            ("--keys", "w", "-o", "a.gif", "--scale", "60000"),
+            2,
+            "960000 x 1440000 pixels, a GIF file has at most",
+        ),
+        (("--keys", "w", "-o", "."), 2, "ending ''"),
         (("--keys", "w", "--sampler", "1000"), 2, "--sampler is of Matrix-Game 2"),
         (("--keys", "w", "--image", "a.png"), 2, "--image is of Matrix-Game 2"),
         (("--keys", "w", "--model", "m"), 2, "--model: wanted --image too"),
@@ -117,6 +124,23 @@ def test_bad_usage(invoke, world: DotWorld, tmp_path, monkeypatch, options: tupl
     assert outcome.err.count("\n") == 1
     assert world.asked == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [("--agent",), ("--agent", "-o", "a.gif")], ids=str)
+def test_what_nobody_ends_wants_steps(invoke, monkeypatch, tmp_path: Path, options: tuple[str, ...]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(PlayOptions, "load", None)
+    outcome = invoke("play", *options)
+    assert outcome.code == 2
+    assert "it would go on for ever, with nobody to end it: give --steps" in outcome.err
+
+
+def test_a_directory_is_no_video(invoke, world: DotWorld, tmp_path: Path) -> None:
+    (tmp_path / "a.gif").mkdir()
+    outcome = invoke("play", "--keys", "w", "-o", tmp_path / "a.gif")
+    assert outcome.code == 2
+    assert "a.gif is a directory, wanted a file" in outcome.err
+    assert world.asked == []
 
 
 def test_a_missing_extra_is_named(invoke, world: DotWorld, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,6 +292,23 @@ def test_signals_leave_the_terminal_as_it_was(game, tmp_path: Path, number: sign
     assert play.end() == code
     assert play.restored
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=str)
+def test_signals_leave_no_part_of_a_scripted_video(game, tmp_path: Path, number: signal.Signals) -> None:
+    play = game("--keys", "w*1000", "-o", tmp_path / "play.gif", "slow")
+    play.until("━")  # of the bar, of whose text more or less fits beside the file's path
+    assert [file.suffix for file in tmp_path.iterdir()] == [".part"]
+    play.process.send_signal(number)
+    assert play.end() == 128 + number
+    assert play.shown.rfind("\x1b[?25h") > play.shown.rfind("\x1b[?25l")  # the cursor, which the bar hid
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_ends_what_is_not_drawn(game) -> None:
+    play = game("--no-draw")
+    play.until("give --steps")
+    assert play.end() == 2
 
 
 def test_a_failing_world_leaves_the_terminal_as_it_was(game, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from longburn.cli.play_terminal import fitted, half_blocks, keyboard, keys_in, screen
+from longburn.cli.play_terminal import ends_orderly, fitted, half_blocks, keyboard, keys_in, screen
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_the_terminal_is_restored(terminal, end) -> None:
     before, handlers = settings(file), [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
 
     def use() -> None:
-        with keyboard(file):
+        with ends_orderly(), keyboard(file):
             during = settings(file)
             assert not during[3] & (termios.ICANON | termios.ECHO)
             assert during[3] & termios.ISIG  # Ctrl-C interrupts
@@ -90,6 +90,16 @@ def test_the_terminal_is_restored(terminal, end) -> None:
             assert raised.value.code == 128 + end
     assert settings(file) == before
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == handlers
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ends_orderly():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_what_was_typed_ahead_does_not_reach_the_shell(terminal) -> None:

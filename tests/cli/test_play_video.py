@@ -97,6 +97,22 @@ def test_a_video_without_frames_is_none(tmp_path: Path, ending: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("ending", ["gif", "mp4"])
+def test_each_with_is_a_video_of_its_own(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a.{ending}"
+    video = VideoWriter(path, (16, 16), 5.0)
+    for n in (3, 2):
+        with video:
+            video.add(few_colours(n, 16, 16))
+        assert video.frames == n
+    assert len(read_gif(path)[0] if ending == "gif" else read_mp4(path)[0]) == 2
+    whole = path.read_bytes()
+    with pytest.raises(ValueError, match="no frame came for"), video:
+        pass
+    assert path.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(
     ("name", "fps", "scale", "error", "message"),
     [
@@ -105,10 +121,13 @@ def test_a_video_without_frames_is_none(tmp_path: Path, ending: str) -> None:
         ("a.gif", 60.0, 1, ValueError, "60 frames a second, a GIF file has at most 50"),
         ("a.gif", 0.0, 1, ValueError, r"0\.0 frames a second"),
         ("a.mp4", 5.0, 0, ValueError, "scale 0"),
+        ("a.gif", 5.0, 4096, ValueError, "65536 x 65536 pixels, a GIF file has at most 65535 on a side"),
         ("nowhere/a.gif", 5.0, 1, FileNotFoundError, "no directory"),
+        ("there.gif", 5.0, 1, IsADirectoryError, r"there\.gif is a directory, wanted a file"),
     ],
 )
 def test_bad_videos(tmp_path: Path, name: str, fps: float, scale: int, error: type, message: str) -> None:
+    (tmp_path / "there.gif").mkdir()
     with pytest.raises(error, match=message):
         VideoWriter(tmp_path / name, (16, 16), fps, scale=scale)
 

@@ -68,6 +68,43 @@ def test_the_agent_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [window.sink_tokens > 0 for window in windows] == [True, False]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("-o", "x.avi"), "ending '.avi'"),
+        (("--keys", "bogus*2,up"), "'bogus' does nothing here"),
+        (("--keys", "up*x"), "'up*x', wanted a number"),
+        (("--mode", "bogus"), "bogus"),
+        (("--mode", "universal"), "--mode is of Matrix-Game 2: give --checkpoint"),
+        (("--image", "a.png"), "--image is of Matrix-Game 2: give --checkpoint"),
+        (("--sampler", "1000"), "--sampler is of Matrix-Game 2: give --checkpoint"),
+        (("--checkpoint", "m"), "wanted --image too"),
+        (("--checkpoint", "m", "--image", "a.png", "--sampler", "q"), "--sampler 'q': wanted numbers"),
+        (("--checkpoint", "m", "--image", "a.png"), "m: no such directory"),
+    ],
+    ids=str,
+)
+def test_bad_usage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(example, "walk", None)
+    result = CliRunner().invoke(app, options, env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_a_key_may_wait() -> None:
+    assert "seed 0: 3 steps, 4 frames" in run("--keys", "-*2,up", "--device", "cpu")
+
+
+def test_playing_hands_on_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed = []
+    monkeypatch.setattr(example, "execute", lambda arguments: handed.append(arguments) or 0)
+    run("--play", "--keys", "up*2", "--device", "cpu", "--seed", 3, "--window", 4)
+    assert handed == [["play", "--window", "4", "--seed", "3", "--keys", "up*2", "--device", "cpu"]]
+    run("--play", "--device", "cpu")
+    assert handed[1] == ["play", "--seed", "0", "--device", "cpu"]
+
+
 def test_keys_need_a_terminal() -> None:
     result = CliRunner().invoke(app, ["--play"])
     assert result.exit_code == 2

@@ -16,8 +16,8 @@ from longburn.cli.display import note, progress
 from longburn.cli.options import takes
 from longburn.cli.play_options import PlayOptions
 from longburn.cli.play_stage import Shown, Stage
-from longburn.cli.play_terminal import Keyboard, Screen, keyboard, pause, screen
-from longburn.cli.play_video import VideoWriter, encoder
+from longburn.cli.play_terminal import Keyboard, Screen, ends_orderly, keyboard, pause, screen
+from longburn.cli.play_video import VideoWriter
 from longburn.cli.usage import wrong_usage
 
 QUIT, PAUSE = ("q", "escape"), "p"
@@ -95,10 +95,12 @@ class Script:
 
 @dataclass
 class Figures:
-    """What was done: steps, frames, and the model's seconds of every step."""
+    """What was done: steps, frames (of which the first ones came before any step), and the model's seconds of every
+    step."""
 
     steps: int = 0
     frames: int = 0
+    first_frames: int = 0
     latencies: list[float] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -106,7 +108,7 @@ class Figures:
             return f"{self.frames} frames"
         at = sorted(self.latencies)
         median, p99 = statistics.median(at), at[min(len(at) - 1, round(0.99 * len(at)))]
-        rate = self.frames / sum(at) if sum(at) else 0.0
+        rate = (self.frames - self.first_frames) / sum(at) if sum(at) else 0.0
         return (
             f"{self.steps} steps, {self.frames} frames; a step took {1000 * median:.1f} ms in the median, "
             f"{1000 * p99:.1f} ms at the 99th percentile: {rate:.1f} frames/s"
@@ -114,6 +116,7 @@ class Figures:
 
 
 @takes(PlayOptions)
+@ends_orderly()
 def play(
     options: PlayOptions,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A video to write: .gif or .mp4.")] = None,
@@ -140,9 +143,10 @@ def play(
     if draws and not sys.stdout.isatty():
         raise typer.BadParameter("--draw: stdout is not a terminal")
     if output is not None:
-        check_output(output)
-    if not typed and not draws and output is None and options.steps is None and options.agent:
-        raise typer.BadParameter("--agent goes on for ever without being seen: give --steps")
+        check_output(output, options.fps, scale)
+    endless = options.keys is None and options.steps is None
+    if endless and not (draws and terminal) and (output is not None or not draws):
+        raise typer.BadParameter("it would go on for ever, with nobody to end it: give --steps")
     stage = options.load()
     script = options.script(stage.controls)
     figures, video = Figures(), None
@@ -202,6 +206,7 @@ def perform(
         return True
 
     going = present(stage.begin())
+    figures.first_frames = figures.frames
     while going and (total is None or figures.steps < total) and (keys := player.keys()) is not None:
         shown = stage.step(keys)
         figures.steps += 1
@@ -211,11 +216,14 @@ def perform(
         going = present(shown)
 
 
-def check_output(output: Path) -> None:
-    """Raises BadParameter unless a video can be written to this path, and ImportError if a package is missing."""
+def check_output(output: Path, fps: float | None = None, scale: int = 1) -> None:
+    """What can be told of a video before the size of its frames is known.
+
+    Raises:
+        typer.BadParameter: it cannot be written.
+        ImportError: a package is missing.
+    """
     try:
-        encoder(output)
-    except ValueError as error:
-        raise typer.BadParameter(f"--output {error}") from error
-    if not output.parent.is_dir():
-        raise typer.BadParameter(f"--output {output}: no directory {output.parent}")
+        VideoWriter(output, (1, 1), fps or 1.0, scale=scale)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(f"--output: {error}") from error

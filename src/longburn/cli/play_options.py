@@ -15,6 +15,7 @@ from longburn.cli.usage import wrong_usage
 
 if TYPE_CHECKING:
     from longburn.interact import PlayableWorld
+    from longburn.models.matrix_game_2.world import StartImage
     from longburn.sampling import SamplerConfig
 
 WORLD, RUN = "World", "Run"
@@ -212,41 +213,44 @@ class PlayOptions:
     def _matrix_game(self, show: Any) -> "PlayableWorld":
         import torch
 
-        from longburn.models.matrix_game_2.config import BLOCK_FRAMES, MatrixGame2Config
-        from longburn.models.matrix_game_2.frames import FrameWindow
-        from longburn.models.matrix_game_2.release import load_world
-        from longburn.models.matrix_game_2.rollout import RolloutSettings
-        from longburn.models.matrix_game_2.sampler import noise_levels
+        from longburn.models.matrix_game_2 import MatrixGame2, MatrixGame2Config, RolloutSettings
+        from longburn.models.matrix_game_2.config import BLOCK_FRAMES
+        from longburn.models.matrix_game_2.release import find_parts, load_world
+        from longburn.models.matrix_game_2.vae_tiny import TinyDecoder
+        from longburn.models.matrix_game_2.world import MatrixGameWorld
+        from longburn.models.settings import read_settings
 
         if self.block not in (None, BLOCK_FRAMES):
             raise typer.BadParameter(f"--block {self.block}: Matrix-Game 2 makes {BLOCK_FRAMES} latent frames at once")
-        trained, steps = MatrixGame2Config.released(self.mode or "universal"), self._sampler_steps()
         height, width = self._picture_size()
-        with wrong_usage():
-            seen = FrameWindow(
-                trained.local_attn_size if self.window is None else self.window,
-                trained.sink_size if self.sinks is None else self.sinks,
-            )
-            if steps is not None:
-                noise_levels(steps)
+        settings = RolloutSettings(
+            window=self.window,
+            sink_frames=self.sinks,
+            steps=self.sampler_steps(),
+            packed=self.kv_cache == "fp8",
+            latent_size=(height // 8, width // 8),
+        )
+        mode, tiny = self.mode or "universal", self.decoder == "tiny"
+        folder = find_parts(self.model or "", mode=mode, tiny=tiny)["transformer"]
+        stated = (folder / "config.json").is_file()
+        config = MatrixGame2Config.from_config(read_settings(folder)) if stated else MatrixGame2Config.released(mode)
+        # A world without weights tells what does not fit before gigabytes are read.
+        with wrong_usage(), torch.device("meta"):
+            sketch = MatrixGameWorld(MatrixGame2(config), TinyDecoder(), _sees_nothing, settings=settings)
+        self.script(sketch.controls)
         return load_world(
             self.model or "",
-            mode=self.mode or "universal",
+            mode=mode,
             image=self.image,
-            settings=RolloutSettings(
-                window=seen.frames,
-                sink_frames=seen.sink_frames,
-                steps=steps,
-                packed=self.kv_cache == "fp8",
-                latent_size=(height // 8, width // 8),
-            ),
-            tiny=self.decoder == "tiny",
+            settings=settings,
+            tiny=tiny,
             dtype=getattr(torch, self.dtype) if self.dtype else None,
             device=torch_device(self.device),
             progress=lambda part, done, total: show(done, total),
         )
 
-    def _sampler_steps(self) -> tuple[int, ...] | None:
+    def sampler_steps(self) -> tuple[int, ...] | None:
+        """The numbers of `--sampler`; None without that option."""
         if self.sampler is None:
             return None
         try:
@@ -261,3 +265,7 @@ class PlayOptions:
         if int(height) % 16 or int(width) % 16 or not int(height) or not int(width):
             raise typer.BadParameter(f"--size {self.size}: wanted multiples of 16")
         return int(height), int(width)
+
+
+def _sees_nothing(image: Any) -> "StartImage":
+    raise NotImplementedError

@@ -88,8 +88,8 @@ def keys_in(text: str) -> list[str]:
 
 @contextmanager
 def keyboard(file: TextIO | None = None) -> Iterator[Keyboard]:
-    """The keys of the terminal `file`, default stdin, which is restored however the `with` ends: also when the process
-    is told to end (SIGTERM, SIGHUP). Ctrl-C interrupts as usual; Ctrl-Z does nothing.
+    """The keys of the terminal `file`, default stdin, which is restored however the `with` ends; see `ends_orderly()`.
+    Ctrl-C interrupts as usual; Ctrl-Z does nothing.
 
     Raises:
         ValueError: not a terminal.
@@ -105,24 +105,24 @@ def keyboard(file: TextIO | None = None) -> Iterator[Keyboard]:
     for which in (termios.VSUSP, getattr(termios, "VDSUSP", termios.VSUSP)):
         silent[6][which] = b"\0"  # no stop in the middle of a game, with the terminal in this state
     silent[6][termios.VMIN], silent[6][termios.VTIME] = 1, 0
-    with ends_orderly():
-        try:
-            termios.tcsetattr(descriptor, termios.TCSADRAIN, silent)
-            yield Keyboard(descriptor)
-        finally:
-            with suppress(termios.error):  # the terminal is gone
-                # What was typed ahead would go to the shell.
-                termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)
+    try:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, silent)
+        yield Keyboard(descriptor)
+    finally:
+        with suppress(termios.error):  # the terminal is gone
+            # What was typed ahead would go to the shell.
+            termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)
 
 
 @contextmanager
 def ends_orderly() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP end the process by an exception, so that everything is put back on the way."""
+    """Inside, SIGTERM and SIGHUP end the process by an exception, so that everything is put back on the way. One that
+    is ignored (SIGHUP under nohup) stays so."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    signals = (signal.SIGTERM, signal.SIGHUP)
+    signals = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     before = [signal.signal(number, leave) for number in signals]
     try:
         yield

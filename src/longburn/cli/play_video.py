@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     Frames = NDArray[np.uint8]
 
 LEAST_DELAY = 2  # hundredths of a second: what viewers of GIF files make of less is anybody's guess
+MOST_PIXELS = 2**16 - 1  # on a side of a GIF file
 
 
 class Encoder(Protocol):
@@ -35,7 +36,7 @@ class Encoder(Protocol):
 
 
 class VideoWriter:
-    """A video in the making, for a `with` statement.
+    """A video in the making, for a `with` statement. Each `with` makes it anew.
 
     Frames go to a hidden file beside it. When the `with` ends well, that takes the name of the file, in place of one
     that was there; when it ends by an exception, it is removed, and an older file stays as it was.
@@ -46,10 +47,13 @@ class VideoWriter:
         fps: frames a second.
         scale: pixels of the video on a side of each pixel of the frames.
 
+    Attributes:
+        frames: how many there are so far.
+
     Raises:
-        ValueError: another ending, or more frames a second than the format has.
+        ValueError: another ending, or more pixels or frames a second than the format has.
         ImportError: what the format needs is not installed.
-        OSError: no such directory.
+        OSError: no such directory, or the path is one.
     """
 
     def __init__(self, path: Path, size: tuple[int, int], fps: float, *, scale: int = 1) -> None:
@@ -57,16 +61,22 @@ class VideoWriter:
         self._make = encoder(path)
         if fps <= 0 or scale < 1:
             raise ValueError(f"VideoWriter: {fps} frames a second at scale {scale}, wanted more than 0 and at least 1")
+        height, width = (side * scale for side in size)
         if path.suffix.lower() == ".gif" and fps > 100 / LEAST_DELAY:
             raise ValueError(f"VideoWriter: {fps:g} frames a second, a GIF file has at most {100 // LEAST_DELAY}")
+        if path.suffix.lower() == ".gif" and max(height, width) > MOST_PIXELS:
+            raise ValueError(f"VideoWriter: {height} x {width} pixels, a GIF file has at most {MOST_PIXELS} on a side")
         if not path.parent.is_dir():
             raise FileNotFoundError(f"VideoWriter: {path}: no directory {path.parent}")
+        if path.is_dir():
+            raise IsADirectoryError(f"VideoWriter: {path} is a directory, wanted a file")
         self._fps = Fraction(fps).limit_denominator(1000)
         self._unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         self._encoder: Encoder | None = None
 
     def __enter__(self) -> Self:
         height, width = self.size
+        self.frames = 0
         try:
             self._encoder = self._make(self._unfinished, (height * self.scale, width * self.scale), self._fps)
         except BaseException:
