@@ -119,7 +119,7 @@ def test_what_is_saved_loads_and_what_is_too_large_is_not_shipped(tmp_path: Path
     assert {f.name for f in (tmp_path / "shipped").iterdir()} == {
         "model.safetensors", "config.json", "log.json", "LICENSE", "README.md"
     }  # fmt: skip
-    with pytest.raises(CheckpointError, match="wanted whole numbers for"):
+    with pytest.raises(CheckpointError, match="wanted whole numbers of at least 1 for"):
         load_room(tmp_path / "shipped")  # a policy is no world model
     (tmp_path / "shipped" / "config.json").write_text(json.dumps({**policy.config.to_dict(), "dim": 48}))
     with pytest.raises(CheckpointError, match="does not fit the model"):
