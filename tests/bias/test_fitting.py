@@ -93,7 +93,9 @@ def test_a_refused_call_leaves_the_cache() -> None:
 @pytest.mark.parametrize("window", [AttnWindow.two_sided(), AttnWindow(8, block=4)])
 @pytest.mark.parametrize("policy", [lambda: ForgetBias(M, H), lambda: Cope(D, 5)])
 def test_causal_policies_in_other_windows(policy: Callable[[], BiasPolicy], window: AttnWindow) -> None:
-    with pytest.raises(ValueError, match="is about the keys up to the query"):
+    with pytest.raises(
+        ValueError, match=r"Attention: .* it is about the keys up to the query; give the layer a causal"
+    ):
         layer(policy(), window=window)
 
 

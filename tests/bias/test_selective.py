@@ -214,9 +214,7 @@ def test_what_it_costs_and_says() -> None:
 
 
 def test_what_it_refuses() -> None:
-    with pytest.raises(
-        ValueError, match="SelectiveBias is about the keys up to the query, but the window has lookahead 2"
-    ):
+    with pytest.raises(ValueError, match="SelectiveBias: lookahead 2, block 1"):
         selective(AttnWindow(lookahead=2))(tokens(1, 3))
     with pytest.raises(ValueError, match=r"SelectiveBias needs more of a layer than one call; give it to Attention"):
         layer(AttnWindow())(tokens(1, 3), bias=SelectiveBias())

@@ -343,3 +343,18 @@ def test_what_it_refuses() -> None:
     assert "up to 256, got 300" in (
         decode_why_not(replace(call, q=torch.zeros(1, 8, 1, 300, device=DEVICE), k=wide, v=wide)) or ""
     )
+
+
+def test_a_small_cache_is_known_by_its_buffer() -> None:
+    """A recorded step sees whole buffers, an eager one what is filled: both must cut the keys alike."""
+    small, large = torch.zeros(2, 3, 17, 8), torch.zeros(2, 3, 18, 8)
+    assert all(module._is_small(small[:, :, :n], 0) for n in (1, 9, 16))
+    assert not any(module._is_small(large[:, :, :n], 0) for n in (1, 9, 17))
+    assert module._is_small(torch.zeros(1, 1, 12, 8)[:, :, :11], 5)
+    assert not module._is_small(torch.zeros(1, 1, 12, 8)[:, :, :11], 6)  # kept elsewhere
+    assert not module._is_small(torch.zeros(2, 9, 3, 8).transpose(1, 2), 0)  # heads lie side by side: no cache
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not module._is_small(small[:, :, :9], 0)
+    finally:
+        torch.use_deterministic_algorithms(False)

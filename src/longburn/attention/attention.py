@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from longburn.attention.core import attend
 from longburn.bias import BiasPolicy, Bound, DenseBias, Policy
+from longburn.bias.scores import check_causal
 from longburn.cache import AttnWindow, Extra, KeyValues, RollingKVCache, Rotation, Step
 from longburn.kernels.attend import Known
 from longburn.kernels.linear import linear
@@ -204,11 +205,8 @@ class Attention(nn.Module):
             )
         if policy.reads_queries and prescale:
             raise ValueError(f"Attention: {name} computes with queries, which prescale would change; leave it out")
-        if policy.causal and (self.window.lookahead != 0 or self.window.block != 1):
-            raise ValueError(
-                f"Attention: {name} is about the keys up to the query, but the window has lookahead "
-                f"{self.window.lookahead} and block {self.window.block}; give the layer a causal window"
-            )
+        if policy.causal:
+            check_causal(f"Attention: {name}", self.window.lookahead, self.window.block)
 
     def _check_sizes(self, policy: BiasPolicy) -> None:
         """A policy for other heads is refused before anything is written to a cache."""

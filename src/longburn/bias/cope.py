@@ -45,7 +45,7 @@ class Cope(Policy):
         self.pos_emb = nn.Parameter(torch.zeros(head_dim, positions, dtype=dtype, device=device))
 
     def terms(self, context: BiasContext) -> BiasTerms:
-        check_causal("Cope", context)
+        check_causal("Cope", context.lookahead, context.block)
         D, positions = self.pos_emb.shape
         if context.q.shape[3] != D:
             raise ValueError(f"Cope: built for heads of size {D}, the call has {context.q.shape[3]}")

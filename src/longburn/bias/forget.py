@@ -43,5 +43,5 @@ class ForgetBias(Policy):
     def terms(self, context: BiasContext) -> BiasTerms:
         if context.extra is None or context.own is None:
             raise ValueError("ForgetBias: the sums of its gates are kept by the layer; give it to Attention(bias=...)")
-        check_causal("ForgetBias", context)
+        check_causal("ForgetBias", context.lookahead, context.block)
         return BiasTerms(key=context.extra, row=-context.own)

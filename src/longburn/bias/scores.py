@@ -21,10 +21,10 @@ def scores(context: BiasContext) -> Tensor:
     return torch.where((context.k_pos < context.sink_tokens)[:, None, None, :], of(context.q_sink), of(context.q))
 
 
-def check_causal(name: str, context: BiasContext) -> None:
+def check_causal(name: str, lookahead: int | None, block: int) -> None:
     """Queries see no later keys."""
-    if context.lookahead != 0 or context.block != 1:
+    if lookahead != 0 or block != 1:
         raise ValueError(
-            f"{name}: lookahead {context.lookahead}, block {context.block}: it is about the keys up to the query; "
+            f"{name}: lookahead {lookahead}, block {block}: it is about the keys up to the query; "
             "give the layer a causal window (lookahead 0, block 1)"
         )

@@ -36,7 +36,7 @@ class SelectiveBias(Policy):
     causal = True
 
     def terms(self, context: BiasContext) -> BiasTerms:
-        check_causal("SelectiveBias", context)
+        check_causal("SelectiveBias", context.lookahead, context.block)
         masked = self._masked(context)[:, None]
         if context.q_pos.shape[1] > 1:
             added = _additions(context)

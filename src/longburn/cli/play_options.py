@@ -15,7 +15,6 @@ from longburn.cli.usage import wrong_usage
 
 if TYPE_CHECKING:
     from longburn.interact import PlayableWorld
-    from longburn.models.matrix_game_2.world import StartImage
     from longburn.sampling import SamplerConfig
 
 WORLD, RUN = "World", "Run"
@@ -213,12 +212,11 @@ class PlayOptions:
     def _matrix_game(self, show: Any) -> "PlayableWorld":
         import torch
 
-        from longburn.models.matrix_game_2 import MatrixGame2, MatrixGame2Config, RolloutSettings
+        from longburn.models.matrix_game_2 import RolloutSettings
+        from longburn.models.matrix_game_2.checkpoint import stated_config
         from longburn.models.matrix_game_2.config import BLOCK_FRAMES
         from longburn.models.matrix_game_2.release import find_parts, load_world
-        from longburn.models.matrix_game_2.vae_tiny import TinyDecoder
-        from longburn.models.matrix_game_2.world import MatrixGameWorld
-        from longburn.models.settings import read_settings
+        from longburn.models.matrix_game_2.world import controls_of
 
         if self.block not in (None, BLOCK_FRAMES):
             raise typer.BadParameter(f"--block {self.block}: Matrix-Game 2 makes {BLOCK_FRAMES} latent frames at once")
@@ -232,12 +230,10 @@ class PlayOptions:
         )
         mode, tiny = self.mode or "universal", self.decoder == "tiny"
         folder = find_parts(self.model or "", mode=mode, tiny=tiny)["transformer"]
-        stated = (folder / "config.json").is_file()
-        config = MatrixGame2Config.from_config(read_settings(folder)) if stated else MatrixGame2Config.released(mode)
-        # A world without weights tells what does not fit before gigabytes are read.
-        with wrong_usage(), torch.device("meta"):
-            sketch = MatrixGameWorld(MatrixGame2(config), TinyDecoder(), _sees_nothing, settings=settings)
-        self.script(sketch.controls)
+        config = stated_config(folder, mode)
+        with wrong_usage():  # before gigabytes are read
+            settings.check(config)
+        self.script(controls_of(mode))
         return load_world(
             self.model or "",
             mode=mode,
@@ -265,7 +261,3 @@ class PlayOptions:
         if int(height) % 16 or int(width) % 16 or not int(height) or not int(width):
             raise typer.BadParameter(f"--size {self.size}: wanted multiples of 16")
         return int(height), int(width)
-
-
-def _sees_nothing(image: Any) -> "StartImage":
-    raise NotImplementedError

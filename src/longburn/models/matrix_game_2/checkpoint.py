@@ -48,14 +48,25 @@ def load_matrix_game_2(
     if mode is not None and found != mode:
         raise CheckpointError(f"{path}: holds {found} weights, wanted {mode}; load it with mode={found!r}")
     if config is None:
-        stated = path.is_dir() and (path / "config.json").is_file()
-        config = MatrixGame2Config.from_config(read_settings(path)) if stated else MatrixGame2Config.released(found)
+        config = stated_config(path, found)
     if config.mode != found:
         raise CheckpointError(f"{path}: holds {found} weights, but the configuration is for {config.mode}")
     with torch.device("meta"):
         model = MatrixGame2(config, dtype=dtype)
     load_checkpoint(model, source, rules(config, prefix=prefix), device=device, progress=progress)
     return model.eval()
+
+
+def stated_config(path: Path, mode: str) -> MatrixGame2Config:
+    """What a directory's `config.json` says, or else the released model of this mode.
+
+    Raises:
+        CheckpointError: a damaged file.
+        ValueError: a configuration of another architecture.
+    """
+    if not (path / "config.json").is_file():
+        return MatrixGame2Config.released(mode)
+    return MatrixGame2Config.from_config(read_settings(path))
 
 
 def _signals(path: Path, tensors: Mapping[str, TensorInfo]) -> tuple[str, str]:

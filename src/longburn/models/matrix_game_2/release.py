@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from longburn.models.matrix_game_2.checkpoint import load_matrix_game_2
+from longburn.models.matrix_game_2.checkpoint import load_matrix_game_2, stated_config
 from longburn.models.matrix_game_2.config import MODES
 from longburn.models.matrix_game_2.image import ImageTower, read_image
 from longburn.models.matrix_game_2.settings import RolloutSettings
@@ -107,12 +107,12 @@ def load_world(
     def report(part: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(part, done, total)
 
+    chosen.check(stated_config(parts["transformer"], mode))
     if image is not None:
         read_image(image, size)
     model = load_matrix_game_2(
         parts["transformer"], mode=mode, dtype=dtype, device=place, progress=report("transformer")
     )
-    chosen.window_of(model.config), chosen.levels_of(model.config)
     tower = ImageTower.from_checkpoint(parts["image"], dtype=dtype, device=place, progress=report("image tower"))
     vae = WanVae.from_checkpoint(parts["vae"], dtype=codec, device=place, progress=report("VAE"))
     decoder: StreamedDecoder = vae.decoder

@@ -43,6 +43,15 @@ class RolloutSettings:
                 f"RolloutSettings: latent_size is {(H, W)}, wanted even numbers (pictures are 8 times as large)"
             )
 
+    def check(self, config: MatrixGame2Config) -> None:
+        """See that a model can run so.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        self.window_of(config)
+        self.levels_of(config)
+
     def window_of(self, config: MatrixGame2Config) -> FrameWindow:
         """What a block sees, where the settings leave it to the model.
 

@@ -54,7 +54,7 @@ class MatrixGameWorld:
         settings: of the session.
 
     Raises:
-        ValueError: a model of no released mode.
+        ValueError: a model of no released mode, or settings that do not fit it.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class MatrixGameWorld:
         self.model, self.decoder, self.look, self.image = model, decoder, look, image
         self._pictures = RecordedDecoder(decoder)
         self.mode, self.settings = model.config.mode, settings or RolloutSettings()
-        self.settings.window_of(model.config), self.settings.levels_of(model.config)
+        self.settings.check(model.config)
         self._rollout: Rollout | None = None
         self._memory = FrameMemory()
         self._stream: torch.cuda.Stream | None = None
@@ -101,13 +101,7 @@ class MatrixGameWorld:
 
     @property
     def controls(self) -> Mapping[str, str]:
-        """What each key does."""
-        if self.mode == "templerun":
-            return MappingProxyType(_RUN)
-        walk = {key: word for key, (word, name) in _WALK.items() if name in KEYS[self.mode]}
-        if self.mode == "gta_drive":
-            return walk | {key: f"steer {key}" for key in ("left", "right")}
-        return walk | {key: word for key, (word, _) in _LOOK.items()}
+        return controls_of(self.mode)
 
     def action_of(self, keys: Sequence[str]) -> Any:
         """Keys that were pressed together; in templerun the last one counts."""
@@ -177,6 +171,16 @@ class MatrixGameWorld:
             came = sorted(action) if isinstance(action, Mapping) else repr(action)
             raise ValueError(f"MatrixGameWorld.step: action {came}, wanted a dictionary of keyboard and mouse")
         return torch.as_tensor(np.asarray(action["keyboard"])), torch.as_tensor(np.asarray(action["mouse"]))
+
+
+def controls_of(mode: str) -> Mapping[str, str]:
+    """What each key does in a model of this mode."""
+    if mode == "templerun":
+        return MappingProxyType(_RUN)
+    walk = {key: word for key, (word, name) in _WALK.items() if name in KEYS[mode]}
+    if mode == "gta_drive":
+        return walk | {key: f"steer {key}" for key in ("left", "right")}
+    return walk | {key: word for key, (word, _) in _LOOK.items()}
 
 
 def _shown(pictures: Tensor) -> NDArray[np.uint8]:
