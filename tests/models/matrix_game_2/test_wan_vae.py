@@ -9,6 +9,7 @@ from torch import Tensor
 from wan_vae_peers import decoded_by, encoded_by, peer_of
 
 from longburn.models.matrix_game_2.vae import FrameMemory, WanVae, WanVaeConfig
+from longburn.models.matrix_game_2.vae_blocks import ResidualBlock
 from longburn.models.matrix_game_2.vae_memory import to_uint8
 from longburn.models.matrix_game_2.vae_recorded import RecordedDecoder
 
@@ -219,6 +220,22 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
             other.decode(z[:, :, 1:], memory)
     assert all(torch.equal(a, b) for a, b in zip(kept, memory.tensors, strict=True))
     assert torch.equal(vae.decode(z[:, :, 1:], memory), vae.decode(z)[:, :, 1:])
+
+
+def test_large_pictures_come_few_at_a_time() -> None:
+    """Four frames at once would take twice the memory in the layers where pictures are largest."""
+    vae = WanVae(WanVaeConfig(base_dim=4, z_dim=2, latents_mean=(0, 0), latents_std=(1, 1)))
+    most: dict[str, int] = {}
+    for name, block in vae.named_modules():
+        if isinstance(block, ResidualBlock):
+            block.register_forward_pre_hook(
+                lambda block, given, name=name: most.update({name: max(most.get(name, 0), given[0].shape[1])})
+            )
+    vae.encode(torch.rand(1, 3, 9, 16, 24))
+    vae.decode(torch.randn(1, 2, 3, 2, 3))
+    large = [name for name in most if name.startswith(("encoder.stages.0", "decoder.stages.2", "decoder.stages.3"))]
+    assert len(large) == 2 + 2 * 3
+    assert {most[name] for name in large} == {2}
 
 
 def test_an_interrupted_frame_is_not_gone_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
