@@ -2,8 +2,9 @@
 
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,3 +110,13 @@ def command() -> list[str]:
 @pytest.fixture
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONUNBUFFERED": "", "COLUMNS": "100", "TERM": "xterm"}
+
+
+@pytest.fixture(autouse=True)
+def hangups_are_heard() -> Iterator[None]:
+    """Even if the tests run under nohup, which would leave SIGHUP ignored here and in every process begun here."""
+    before = signal.getsignal(signal.SIGHUP)
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)

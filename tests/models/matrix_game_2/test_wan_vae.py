@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from wan_vae_peers import decoded_by, encoded_by, peer_of
 
-from longburn.models.matrix_game_2.vae import FrameMemory, WanVae, WanVaeConfig
+from longburn.models.matrix_game_2.vae import FrameMemory, Pass, WanVae, WanVaeConfig
 from longburn.models.matrix_game_2.vae_blocks import ResidualBlock
 from longburn.models.matrix_game_2.vae_memory import to_uint8
 from longburn.models.matrix_game_2.vae_recorded import RecordedDecoder
@@ -222,8 +222,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     assert torch.equal(vae.decode(z[:, :, 1:], memory), vae.decode(z)[:, :, 1:])
 
 
-def test_large_pictures_come_few_at_a_time() -> None:
-    """Four frames at once would take twice the memory in the layers where pictures are largest."""
+def test_large_pictures_come_one_at_a_time() -> None:
+    """Four at once would take much more memory in the layers where pictures are largest."""
     vae = WanVae(WanVaeConfig(base_dim=4, z_dim=2, latents_mean=(0, 0), latents_std=(1, 1)))
     most: dict[str, int] = {}
     for name, block in vae.named_modules():
@@ -235,7 +235,23 @@ def test_large_pictures_come_few_at_a_time() -> None:
     vae.decode(torch.randn(1, 2, 3, 2, 3))
     large = [name for name in most if name.startswith(("encoder.stages.0", "decoder.stages.2", "decoder.stages.3"))]
     assert len(large) == 2 + 2 * 3
-    assert {most[name] for name in large} == {2}
+    assert {most[name] for name in large} == {1}
+
+
+def test_memory_is_whole_before_the_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA it would lie scattered among what that pass needs only once."""
+    vae = WanVae(WanVaeConfig(base_dim=4, z_dim=2, latents_mean=(0, 0), latents_std=(1, 1)))
+    memory, found = FrameMemory(), []
+    decode_frame = vae.decoder.decode_frame
+
+    def spy(latent: Tensor, step: Pass) -> Tensor:
+        found.append((latent.device.type, [(tensor.shape, tensor.dtype, tensor.device) for tensor in memory.tensors]))
+        return decode_frame(latent, step)
+
+    monkeypatch.setattr(vae.decoder, "decode_frame", spy)
+    vae.decode(torch.randn(1, 2, 2, 2, 3), memory)
+    kept = [(tensor.shape, tensor.dtype, tensor.device) for tensor in memory.tensors]
+    assert found == [("meta", []), ("cpu", kept), ("cpu", kept)]
 
 
 def test_an_interrupted_frame_is_not_gone_on_from(monkeypatch: pytest.MonkeyPatch) -> None:

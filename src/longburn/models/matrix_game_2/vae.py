@@ -28,8 +28,6 @@ from longburn.models.settings import read_settings
 from longburn.weights import Progress, load_checkpoint
 from longburn.weights.pickled import open_any
 
-TOGETHER = 2  # frames in the layers with large pictures, whose memory this bounds
-
 
 class Middle(nn.Module):
     """Residual block, attention, residual block, at the latents' size."""
@@ -64,7 +62,7 @@ class WanEncoder(nn.Module):
 
     def forward(self, x: Tensor, step: Pass) -> Tensor:
         """Pictures `[B, n, H, W, 3]`, one first and then four, to `[B, 1, h, w, 2 C]`."""
-        x = torch.cat([self._large(piece, step) for piece in step.pieces(x, TOGETHER)], 1)
+        x = torch.cat([self._large(picture, step) for picture in step.singly(x)], 1)
         x = _through(x, step, self.stages[self.large :], self.downs[self.large :])
         x = self.middle.forward(x, step)
         return self.latents.forward(self.exit.forward(self.norm.activated(x, step)))
@@ -114,7 +112,7 @@ class WanDecoder(StreamedDecoder):
         x = self.latents.forward((x * self.std + self.mean).to(latent.dtype))
         x = self.middle.forward(self.entry.forward(side_by_side(step.extend(x, REMEMBERED))), step)
         x = _through(x, step, self.stages[: self.small], self.ups[: self.small])
-        pictures = [self._large(piece, step) for piece in step.pieces(x, TOGETHER)]
+        pictures = [self._large(picture, step) for picture in step.singly(x)]
         return torch.cat(pictures, 1).clamp_(-1, 1).movedim(-1, 1)
 
     def _large(self, x: Tensor, step: Pass) -> Tensor:

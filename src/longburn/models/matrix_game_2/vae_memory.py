@@ -8,13 +8,14 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 class FrameMemory:
     """The last input frames of every layer that looks back in time: the whole state of one group of streams.
 
-    Rows of a batch begin together and know nothing of each other. Memory is made in the first pass, of the size of what
-    comes, and then stays where it is, so that a recorded graph may write to it; its size does not grow.
+    Rows of a batch begin together and know nothing of each other. Memory is made when the first frame comes, of its
+    size, and then stays where it is, so that a recorded graph may write to it; it does not grow.
 
     Attributes:
         frames: latent frames taken in so far.
@@ -83,12 +84,14 @@ class Pass:
         self._next += 1
         return self._tensors[self._next - 1]
 
-    def pieces(self, x: Tensor, frames: int) -> Iterator[Tensor]:
-        """x `[B, T, H, W, C]` in pieces of so many frames, each for the same layers, which must make all of it."""
+    def singly(self, x: Tensor) -> Iterator[Tensor]:
+        """The frames of x `[B, T, H, W, C]` one by one, `[B, 1, H, W, C]`, each for the same layers, which must make
+        all of them. Where pictures are large, this bounds what exists at once.
+        """
         start = self._next
-        for piece in torch.split(x, frames, 1):
+        for frame in torch.split(x, 1, 1):
             self._next = start
-            yield piece
+            yield frame
 
     def extend(self, x: Tensor, frames: int) -> Tensor:
         """x with the frames before it, `[B, frames + T, H, W, C]`, the last of which are now the remembered ones."""
@@ -118,7 +121,14 @@ class StreamedDecoder(nn.Module, ABC):
 
     @abstractmethod
     def decode_frame(self, latent: Tensor, step: Pass) -> Tensor:
-        """One latent frame `[B, C, h, w]` to pictures `[B, 3, n, H, W]`, on the device alone: it can be recorded."""
+        """One latent frame `[B, C, h, w]` to pictures `[B, 3, n, H, W]`, on the device alone: it can be recorded.
+
+        The first one of a memory goes through it on the meta device too.
+        """
+
+    def forward(self, latent: Tensor, step: Pass) -> Tensor:
+        """`decode_frame`."""
+        return self.decode_frame(latent, step)
 
     @property
     def like(self) -> Tensor:
@@ -136,11 +146,21 @@ class StreamedDecoder(nn.Module, ABC):
                 as it was.
         """
         self.check(latents, memory)
+        if not memory.tensors:
+            self._furnish(memory, latents[:, :, 0])
         pictures = []
         for latent in latents.unbind(2):
             with memory.open() as step:
                 pictures.append(self.decode_frame(latent, step))
         return pictures[0] if len(pictures) == 1 else torch.cat(pictures, 2)
+
+    def _furnish(self, memory: FrameMemory, latent: Tensor) -> None:
+        """Make all memory before the first pass: in between what that uses only once it would leave gaps for ever."""
+        dry = FrameMemory()
+        state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        nowhere = {name: tensor.to("meta") for name, tensor in state.items()}
+        functional_call(self, nowhere, (latent.to("meta"), Pass(dry)))
+        memory.tensors = [torch.zeros_like(tensor, device=latent.device) for tensor in dry.tensors]
 
     def check(self, latents: Tensor, memory: FrameMemory) -> None:
         """See that `decode` can take these latents.
