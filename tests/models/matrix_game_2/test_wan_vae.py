@@ -9,7 +9,7 @@ from torch import Tensor
 from wan_vae_peers import decoded_by, encoded_by, peer_of
 
 from longburn.models.matrix_game_2.vae import FrameMemory, Pass, WanVae, WanVaeConfig
-from longburn.models.matrix_game_2.vae_blocks import ResidualBlock
+from longburn.models.matrix_game_2.vae_blocks import Larger, ResidualBlock, Smaller
 from longburn.models.matrix_game_2.vae_memory import to_uint8
 from longburn.models.matrix_game_2.vae_recorded import RecordedDecoder
 
@@ -227,15 +227,17 @@ def test_large_pictures_come_one_at_a_time() -> None:
     vae = WanVae(WanVaeConfig(base_dim=4, z_dim=2, latents_mean=(0, 0), latents_std=(1, 1)))
     most: dict[str, int] = {}
     for name, block in vae.named_modules():
-        if isinstance(block, ResidualBlock):
+        if isinstance(block, (ResidualBlock, Larger, Smaller)):
             block.register_forward_pre_hook(
                 lambda block, given, name=name: most.update({name: max(most.get(name, 0), given[0].shape[1])})
             )
     vae.encode(torch.rand(1, 3, 9, 16, 24))
     vae.decode(torch.randn(1, 2, 3, 2, 3))
-    large = [name for name in most if name.startswith(("encoder.stages.0", "decoder.stages.2", "decoder.stages.3"))]
-    assert len(large) == 2 + 2 * 3
-    assert {most[name] for name in large} == {1}
+    large = ("encoder.stages.0", "encoder.stages.1", "encoder.downs.0", "encoder.downs.1")
+    large += ("decoder.ups.1", "decoder.ups.2", "decoder.stages.2", "decoder.stages.3")
+    found = {name: frames for name, frames in most.items() if name.startswith(large)}
+    assert len(found) == 2 * 2 + 2 + 2 + 2 * 3
+    assert set(found.values()) == {1}
 
 
 def test_memory_is_whole_before_the_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def test_what_is_missing_or_strange_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointMismatch) as caught:
         WanVae.from_checkpoint(tmp_path)
     error = caught.value
-    assert any(line.startswith("decoder.ups.1.time.weight") for line in error.missing)
+    assert any(line.startswith("decoder.ups.1.frames.conv.weight") for line in error.missing)
     assert any(line.startswith("decoder.extra.weight") for line in error.unused)
     assert any("encoder.conv_in.weight" in line for line in error.misshapen)
     with pytest.raises(ValueError, match="save_as is 'gguf'"):

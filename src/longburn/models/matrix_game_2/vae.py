@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from longburn.kernels.frames import REMEMBERED, side_by_side
 from longburn.models.matrix_game_2.vae_blocks import (
     CausalConv,
-    Downsample,
+    FewerFrames,
     FrameAttention,
+    Larger,
+    MoreFrames,
     Norm,
     ResidualBlock,
-    Upsample,
+    Smaller,
 )
 from longburn.models.matrix_game_2.vae_config import WanVaeConfig
 from longburn.models.matrix_game_2.vae_memory import FrameMemory, Pass, StreamedDecoder
@@ -54,23 +56,26 @@ class WanEncoder(nn.Module):
             before = widths[max(i - 1, 0)]
             blocks = [ResidualBlock(before if n == 0 else width, width) for n in range(config.num_res_blocks)]
             self.stages.append(nn.ModuleList(blocks))
-        self.downs = nn.ModuleList(map(Downsample, widths, config.temperal_downsample))
-        self.large = (*config.temperal_downsample, True).index(True)  # stages
+        self.downs = nn.ModuleList()
+        for width, time in zip(widths, config.temperal_downsample, strict=False):
+            size, frames = {"size": Smaller(width)}, {"frames": FewerFrames(width)}
+            self.downs.append(nn.ModuleDict({**size, **frames} if time else size))
         self.middle = Middle(widths[-1])
         self.norm, self.exit = Norm(widths[-1]), CausalConv(widths[-1], 2 * config.z_dim)
         self.latents = nn.Linear(2 * config.z_dim, 2 * config.z_dim)
 
     def forward(self, x: Tensor, step: Pass) -> Tensor:
         """Pictures `[B, n, H, W, 3]`, one first and then four, to `[B, 1, h, w, 2 C]`."""
-        x = torch.cat([self._large(picture, step) for picture in step.singly(x)], 1)
-        x = _through(x, step, self.stages[self.large :], self.downs[self.large :])
+        layers = _in_order(self.stages, self.downs)
+        large = next((i for i, layer in enumerate(layers) if isinstance(layer, FewerFrames)), len(layers))
+        x = torch.cat([self._large(picture, step, layers[:large]) for picture in step.singly(x)], 1)
+        x = _through(x, step, layers[large:])
         x = self.middle.forward(x, step)
         return self.latents.forward(self.exit.forward(self.norm.activated(x, step)))
 
-    def _large(self, x: Tensor, step: Pass) -> Tensor:
-        """The layers before frames become fewer."""
-        x = self.entry.forward(side_by_side(step.extend(x, REMEMBERED)))
-        return _through(x, step, self.stages[: self.large], self.downs[: self.large])
+    def _large(self, x: Tensor, step: Pass, layers: Iterable[nn.Module]) -> Tensor:
+        """The entry and the layers before frames become fewer."""
+        return _through(self.entry.forward(side_by_side(step.extend(x, REMEMBERED))), step, layers)
 
 
 class WanDecoder(StreamedDecoder):
@@ -99,8 +104,10 @@ class WanDecoder(StreamedDecoder):
             before = widths[i - 1] // 2 if i else width
             blocks = [ResidualBlock(before if n == 0 else width, width) for n in range(config.num_res_blocks + 1)]
             self.stages.append(nn.ModuleList(blocks))
-        self.ups = nn.ModuleList(map(Upsample, widths, config.temperal_downsample[::-1]))
-        self.small = len(self.ups) - (*config.temperal_downsample, True).index(True)  # stages
+        self.ups = nn.ModuleList()
+        for width, time in zip(widths, config.temperal_downsample[::-1], strict=False):
+            frames, size = {"frames": MoreFrames(width)}, {"size": Larger(width)}
+            self.ups.append(nn.ModuleDict({**frames, **size} if time else size))
         self.norm, self.exit = Norm(widths[-1]), CausalConv(widths[-1], 3)
         self.to(dtype)
         with torch.device("cpu"):  # no checkpoint holds them
@@ -111,22 +118,26 @@ class WanDecoder(StreamedDecoder):
         x = latent.movedim(1, -1)[:, None]
         x = self.latents.forward((x * self.std + self.mean).to(latent.dtype))
         x = self.middle.forward(self.entry.forward(side_by_side(step.extend(x, REMEMBERED))), step)
-        x = _through(x, step, self.stages[: self.small], self.ups[: self.small])
-        pictures = [self._large(picture, step) for picture in step.singly(x)]
+        layers = _in_order(self.stages, self.ups)
+        small = max((i for i, layer in enumerate(layers, 1) if isinstance(layer, MoreFrames)), default=0)
+        x = _through(x, step, layers[:small])
+        pictures = [self._large(picture, step, layers[small:]) for picture in step.singly(x)]
         return torch.cat(pictures, 1).clamp_(-1, 1).movedim(-1, 1)
 
-    def _large(self, x: Tensor, step: Pass) -> Tensor:
-        """The layers after frames have become more."""
-        x = _through(x, step, self.stages[self.small :], self.ups[self.small :])
-        return self.exit.forward(self.norm.activated(x, step))
+    def _large(self, x: Tensor, step: Pass, layers: Iterable[nn.Module]) -> Tensor:
+        """The layers after frames have become more, and the exit."""
+        return self.exit.forward(self.norm.activated(_through(x, step, layers), step))
 
 
-def _through(x: Tensor, step: Pass, stages: Iterable[nn.Module], changes: Iterable[nn.Module]) -> Tensor:
-    """Stages of residual blocks, each but perhaps the last followed by a change of size."""
-    for stage, change in zip_longest(stages, changes):
-        for block in stage:  # type: ignore[union-attr]
-            x = block(x, step)
-        x = x if change is None else change(x, step)
+def _in_order(stages: nn.ModuleList, changes: nn.ModuleList) -> list[nn.Module]:
+    """The blocks of each stage, and the parts of the change of size and pace to the next one."""
+    pairs = zip_longest(stages, changes, fillvalue=nn.ModuleDict())
+    return [layer for stage, change in pairs for layer in (*stage, *change.values())]  # type: ignore[operator,misc]
+
+
+def _through(x: Tensor, step: Pass, layers: Iterable[nn.Module]) -> Tensor:
+    for layer in layers:
+        x = layer(x, step)
     return x
 
 

@@ -85,9 +85,11 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, step: Pass) -> Tensor:
         """`[B, T, H, W, C]` to `[B, T, H, W, out]`."""
-        inner = self.conv1.forward(self.norm1.activated(x, step), bias=False)
-        inner = self.conv2.forward(self.norm2.activated(inner, step, self.conv1.bias), bias=False)
-        return add_frames(inner, self.shortcut(x), self.conv2.bias)
+        y = self.norm1.activated(x, step)  # one name, so that nothing lives longer than the next operation
+        y = self.conv1.forward(y, bias=False)
+        y = self.norm2.activated(y, step, self.conv1.bias)
+        y = self.conv2.forward(y, bias=False)
+        return add_frames(y, self.shortcut(x), self.conv2.bias)
 
 
 class FrameAttention(nn.Module):
@@ -106,39 +108,56 @@ class FrameAttention(nn.Module):
         return x + self.out.forward(y)
 
 
-class Upsample(nn.Module):
-    """Twice the height and width, half the channels; from the second frame of a stream on also twice the frames."""
+class MoreFrames(nn.Module):
+    """From the second frame of a stream on twice the frames."""
 
-    def __init__(self, channels: int, time: bool) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.time = TimeConv(channels, 2 * channels) if time else None
+        self.conv = TimeConv(channels, 2 * channels)
+
+    def forward(self, x: Tensor, step: Pass) -> Tensor:
+        """`[B, T, H, W, C]` to `[B, T or 2 T, H, W, C]`."""
+        if step.first:
+            step.take(x, REMEMBERED)  # the first frame goes by: the second one sees zeros before it
+            return x
+        return interleaved(self.conv.forward(step.extend(x, REMEMBERED)), 2)
+
+
+class Larger(nn.Module):
+    """Twice the height and width, half the channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
         self.conv = PictureConv(channels, channels // 2)
 
     def forward(self, x: Tensor, step: Pass) -> Tensor:
-        """`[B, T, H, W, C]` to `[B, T or 2 T, 2 H, 2 W, C / 2]`."""
-        if self.time is not None:
-            if step.first:
-                step.take(x, REMEMBERED)  # the first frame goes by: the second one sees zeros before it
-            else:
-                x = interleaved(self.time.forward(step.extend(x, REMEMBERED)), 2)
+        """`[B, T, H, W, C]` to `[B, T, 2 H, 2 W, C / 2]`."""
         return self.conv.forward(twice_as_large(x))
 
 
-class Downsample(nn.Module):
-    """Half the height and width; from the second frame of a stream on also half the frames."""
+class Smaller(nn.Module):
+    """Half the height and width."""
 
-    def __init__(self, channels: int, time: bool) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = PictureConv(channels, channels, stride=2, padding=0)
-        self.time = TimeConv(channels, channels, stride=2) if time else None
 
     def forward(self, x: Tensor, step: Pass) -> Tensor:
-        """`[B, T, H, W, C]`, T even but for the first frame, to `[B, T or T / 2, H / 2, W / 2, C]`."""
-        x = self.conv.forward(F.pad(x, (0, 0, 0, 1, 0, 1)))  # to the right and below
-        if self.time is None:
-            return x
+        """`[B, T, H, W, C]` to `[B, T, H / 2, W / 2, C]`."""
+        return self.conv.forward(F.pad(x, (0, 0, 0, 1, 0, 1)))  # to the right and below
+
+
+class FewerFrames(nn.Module):
+    """From the second frame of a stream on half the frames."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = TimeConv(channels, channels, stride=2)
+
+    def forward(self, x: Tensor, step: Pass) -> Tensor:
+        """`[B, T, H, W, C]`, T even but for the first frame, to `[B, T or T / 2, H, W, C]`."""
         y = step.extend(x, 1)
-        return x if step.first else self.time.forward(y)
+        return x if step.first else self.conv.forward(y)
 
 
 def over_pictures(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 1) -> Tensor:

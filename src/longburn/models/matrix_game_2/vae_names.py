@@ -96,8 +96,8 @@ def _attention(theirs: str, ours: str) -> list[Rule]:
 
 
 def _resample(theirs: str, ours: str, time: bool) -> list[Rule]:
-    rules = _of(f"{theirs}.resample.1", f"{ours}.conv", _CONVOLUTION)
-    return rules + (_of(f"{theirs}.time_conv", f"{ours}.time", _CONVOLUTION) if time else [])
+    rules = _of(f"{theirs}.resample.1", f"{ours}.size.conv", _CONVOLUTION)
+    return rules + (_of(f"{theirs}.time_conv", f"{ours}.frames.conv", _CONVOLUTION) if time else [])
 
 
 _DIFFUSERS = ("norm1", "conv1", "norm2", "conv2", "conv_shortcut")
