@@ -155,12 +155,14 @@ class StreamedDecoder(nn.Module, ABC):
         return pictures[0] if len(pictures) == 1 else torch.cat(pictures, 2)
 
     def _furnish(self, memory: FrameMemory, latent: Tensor) -> None:
-        """Make all memory before the first pass: in between what that uses only once it would leave gaps for ever."""
+        """Make all memory before the first pass: among what that uses only once it would leave gaps for ever."""
         dry = FrameMemory()
         state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         nowhere = {name: tensor.to("meta") for name, tensor in state.items()}
         functional_call(self, nowhere, (latent.to("meta"), Pass(dry)))
-        memory.tensors = [torch.zeros_like(tensor, device=latent.device) for tensor in dry.tensors]
+        sizes = [tensor.numel() for tensor in dry.tensors]
+        parts = torch.split(latent.new_zeros(sum(sizes)), sizes)
+        memory.tensors = [part.view_as(tensor) for part, tensor in zip(parts, dry.tensors, strict=True)]
 
     def check(self, latents: Tensor, memory: FrameMemory) -> None:
         """See that `decode` can take these latents.
