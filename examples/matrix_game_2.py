@@ -56,10 +56,10 @@ def walk(world: PlayableWorld, keys: list[str], seed: int, path: Path | None) ->
         print(f"{path}: {count} frames at {world.fps:g} a second")
 
 
-def compare(size: int, episodes: int, seed: int) -> None:
+def compare(size: int, episodes: int, seed: int, place: torch.device) -> None:
     """The shipped policy at MiniGrid's memory task: what its window holds decides what it can remember."""
     for name, seen in (("kept first steps", window(size, sinks=True)), ("window alone", window(size, sinks=False))):
-        agent = memory_agent(load_policy(window=seen))
+        agent = memory_agent(load_policy(window=seen, device=place))
         env = memory_task(17, gate=60)
         played = evaluate(agent, env, episodes=episodes, seed=seed, sampler=SamplerConfig(temperature=0))
         solved = sum(episode.reward > 0 for episode in played)
@@ -80,7 +80,7 @@ def main(
     window_size: Annotated[int | None, typer.Option("--window", min=1, help="Frames that are seen.")] = None,
     sink_frames: Annotated[int | None, typer.Option(min=0, help="First frames that stay visible for ever.")] = None,
     sampler: Annotated[str | None, typer.Option(help="Matrix-Game 2's steps, such as 1000,666,333.")] = None,
-    device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
+    device: Annotated[str, typer.Option(help="auto: a GPU for Matrix-Game 2 where there is one.")] = "auto",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="GIF or MP4, one a seed.")] = None,
 ) -> None:
     """Walk through a world by keys, or let an agent play."""
@@ -92,8 +92,11 @@ def main(
     if output is not None:
         check_output(output)
     seeds = seed or [0]
+    asked = PlayOptions(keys=keys or WALK, sampler=sampler, device=device, model=None if agent else checkpoint)
+    with wrong_usage():
+        place = asked.place()
     if agent:
-        return compare(window_size or 5, episodes, seeds[0])
+        return compare(window_size or 5, episodes, seeds[0], place)
     if interactive:
         options = {"--model": checkpoint, "--image": image, "--window": window_size, "--sink-frames": sink_frames}
         options |= {"--mode": mode, "--sampler": sampler, "--output": output, "--seed": seeds[0]}
@@ -101,14 +104,13 @@ def main(
         chosen = [str(part) for option in options.items() if option[1] is not None for part in option]
         raise typer.Exit(execute(["play", *chosen]))
     world: PlayableWorld
-    asked = PlayOptions(keys=keys or WALK, sampler=sampler)
     if checkpoint is None:
         sizes = {"window": window_size, "sinks": sink_frames}
-        world = RoomWorld(load_room(**{name: size for name, size in sizes.items() if size is not None}))
+        world = RoomWorld(load_room(device=place, **{name: size for name, size in sizes.items() if size is not None}))
     else:
         with wrong_usage():
             settings = RolloutSettings(window=window_size, sink_frames=sink_frames, steps=asked.sampler_steps())
-            world = load_world(checkpoint, mode=mode or "universal", image=image, settings=settings, device=device)
+            world = load_world(checkpoint, mode=mode or "universal", image=image, settings=settings, device=place)
     pressed = asked.script(world.controls) or []
     for number in seeds:
         several = output is not None and len(seeds) > 1

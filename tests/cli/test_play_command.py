@@ -113,6 +113,9 @@ def test_steps_end_a_script_and_an_end_begins_anew(invoke, world: DotWorld) -> N
         (("--keys", "w", "--steps", "0"), 2, "0"),
         (("--keys", "w", "--seed", "-1"), 2, "-1"),
         (("--keys", "w", "--scale", "0"), 2, "0"),
+        (("--keys", "w", "--device", "bogus"), 2, "--device 'bogus': wanted auto, cpu, cuda or cuda:N"),
+        (("--keys", "w", "--device", "cuda:99"), 1, "--device cuda:99: this PyTorch"),
+        (("--agent", "--steps", "1", "--device", "cuda:99"), 1, "--device cuda:99: this PyTorch"),
     ],
     ids=str,
 )
@@ -339,8 +342,8 @@ def test_an_agent_plays(invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     policy = minigrid.MemoryPolicy()
     windows = []
 
-    def load_policy(*, window):
-        policy.window = window
+    def load_policy(*, window, device):
+        policy.to(device).window = window
         windows.append(window)
         return policy
 

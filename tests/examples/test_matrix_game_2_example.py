@@ -40,7 +40,7 @@ def test_a_walk_through_the_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
     monkeypatch.setattr(example, "load_room", load_room)
     shown = run("--seed", 1, "--seed", 2, "--window", 3, "--sink-frames", 0, "-o", tmp_path / "a.gif", "--keys", "up*3")
-    assert made == [{"window": 3, "sinks": 0}]
+    assert made == [{"window": 3, "sinks": 0, "device": torch.device("cpu")}]
     for seed in (1, 2):
         assert f"seed {seed}: 3 steps, 4 frames" in shown
         assert (tmp_path / f"a-{seed}.gif").is_file()
@@ -59,7 +59,9 @@ def test_a_walk_with_a_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_the_agent_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     windows = []
-    monkeypatch.setattr(example, "load_policy", lambda window: windows.append(window) or MemoryPolicy(window=window))
+    monkeypatch.setattr(
+        example, "load_policy", lambda window, device: windows.append(window) or MemoryPolicy(window=window).to(device)
+    )
     made = example.memory_task
     monkeypatch.setattr(example, "memory_task", lambda size, gate: made(7, gate=5, max_steps=9))
     shown = run("--agent", "--episodes", 2, "--window", 3)
@@ -75,6 +77,8 @@ def test_the_agent_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--keys", "bogus*2,up"), "'bogus' does nothing here"),
         (("--keys", "up*x"), "'up*x', wanted a number"),
         (("--mode", "bogus"), "bogus"),
+        (("--device", "bogus"), "--device 'bogus': wanted auto, cpu, cuda or cuda:N"),
+        (("--agent", "--device", "cuda:99"), "--device cuda:99: this PyTorch"),
         (("--mode", "universal"), "--mode is of Matrix-Game 2: give --checkpoint"),
         (("--image", "a.png"), "--image is of Matrix-Game 2: give --checkpoint"),
         (("--sampler", "1000"), "--sampler is of Matrix-Game 2: give --checkpoint"),

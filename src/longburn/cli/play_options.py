@@ -14,6 +14,8 @@ from longburn.cli.stream import interruptible
 from longburn.cli.usage import wrong_usage
 
 if TYPE_CHECKING:
+    import torch
+
     from longburn.interact import PlayableWorld
     from longburn.sampling import SamplerConfig
 
@@ -128,7 +130,10 @@ class PlayOptions:
         typer.Option(help="Of Matrix-Game 2. Default: float32 on the CPU, bfloat16 on a GPU.", rich_help_panel=MACHINE),
     ] = None
     device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is cuda where there is one.", rich_help_panel=MACHINE)
+        str,
+        typer.Option(
+            help="cpu, cuda, cuda:1, ...; auto is cuda for Matrix-Game 2 where there is one.", rich_help_panel=MACHINE
+        ),
     ] = "auto"
     debug: Debug = False
 
@@ -148,6 +153,11 @@ class PlayOptions:
             raise typer.BadParameter("--temperature is of the room and the agent; Matrix-Game 2 has --sampler")
         if self.model is not None and self.image is None:
             raise typer.BadParameter("--model: wanted --image too, the picture that the video begins with")
+        self.place()
+
+    def place(self) -> "torch.device":
+        """Where the model runs. Left to itself, a small one stays on the CPU."""
+        return torch_device("cpu" if self.model is None and self.device == "auto" else self.device)
 
     def waits(self, stage: Stage) -> bool:
         """Whether a step waits for a key."""
@@ -197,7 +207,7 @@ class PlayOptions:
 
         task = memory_task(render_mode="rgb_array", tile_size=16)
         seen = window(self.window or AGENT_WINDOW, sinks=self.sinks != 0)
-        agent = memory_agent(load_policy(window=seen))
+        agent = memory_agent(load_policy(window=seen, device=self.place()))
         return AgentStage(agent, task, fps=AGENT_FPS, seed=self.seed, sampler=self._settings())
 
     def _room(self) -> "PlayableWorld":
@@ -207,7 +217,7 @@ class PlayOptions:
             raise typer.BadParameter(f"--block {self.block}: the room is made frame by frame, wanted 1")
         sizes = {"window": self.window, "sinks": self.sinks}
         given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
-        return RoomWorld(load_room(**given), sampler=self._settings())
+        return RoomWorld(load_room(device=self.place(), **given), sampler=self._settings())
 
     def _matrix_game(self, show: Any) -> "PlayableWorld":
         import torch
@@ -241,7 +251,7 @@ class PlayOptions:
             settings=settings,
             tiny=tiny,
             dtype=getattr(torch, self.dtype) if self.dtype else None,
-            device=torch_device(self.device),
+            device=self.place(),
             progress=lambda part, done, total: show(done, total),
         )
 
