@@ -22,7 +22,7 @@ def test_no_seed_is_a_fresh_one() -> None:
     assert not torch.equal(draw_noise((1, 64), seeded([None])), draw_noise((1, 64), seeded([None])))
 
 
-@pytest.mark.parametrize("seeds", [[], [-1], [3, 2**64]])
+@pytest.mark.parametrize("seeds", [[], [-1], [3, 2**64], [1.5], ["1"]])
 def test_bad_seeds_are_named(seeds: list[int]) -> None:
     with pytest.raises(ValueError, match=r"seeded: wants at least one seed, each in \[0, 2\*\*64\)"):
         seeded(seeds)

@@ -23,9 +23,9 @@ def seeded(seeds: Sequence[int | None], device: torch.device | str | None = None
         seeds: a number in [0, 2**64) each; None asks the operating system for a fresh one.
 
     Raises:
-        ValueError: no seed, or one out of range.
+        ValueError: no seed, or one that is no number or out of range.
     """
-    if not seeds or any(seed is not None and not 0 <= seed < 2**64 for seed in seeds):
+    if not seeds or any(seed is not None and not (hasattr(seed, "__index__") and 0 <= seed < 2**64) for seed in seeds):
         raise ValueError(f"seeded: wants at least one seed, each in [0, 2**64) or None, got {list(seeds)}")
     made = [torch.Generator(device or "cpu") for _ in seeds]
     for generator, seed in zip(made, seeds, strict=True):

@@ -188,3 +188,55 @@ def test_beyond_the_originals_end() -> None:
     assert addresses[0] == addresses[1]
     assert max(largest[200:]) < 2 * max(largest[:200]) < 100
     assert len({round(value, 4) for value in largest[-20:]}) > 10  # and it has not stopped
+
+
+def test_noise_that_was_half_drawn_is_not_gone_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The generators are then somewhere between two blocks."""
+    rollout = session(tiny("universal"))
+    drawing = BlockNoise.draw
+
+    def interrupted(noise: BlockNoise) -> None:
+        drawing(noise)
+        if rollout.frames:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(BlockNoise, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rollout.step([1, 0, 0, 0])
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match=r"interrupted halfway; reset\(\) begins again"):
+        rollout.step([1, 0, 0, 0])
+    rollout.reset([0])
+    assert torch.equal(rollout.step([1, 0, 0, 0]), session(tiny("universal")).step([1, 0, 0, 0]))
+
+
+def test_the_callers_images_are_not_held() -> None:
+    config = tiny("universal")
+    given_start = [image()[1] for _ in range(2)]
+    rollout, other = (
+        Rollout(tiny_model(config), image()[0], start, settings=RolloutSettings(latent_size=(H, W), steps=STEPS))
+        for start in given_start
+    )
+    given_start[0].zero_()
+    assert torch.equal(rollout.step([1, 0, 0, 0]), other.step([1, 0, 0, 0]))
+    for one in (rollout, other):
+        clip, start = image(name="b")
+        one.reanchor(clip, start)
+        if one is rollout:
+            start.zero_()
+    assert torch.equal(rollout.step([1, 0, 0, 0]), other.step([1, 0, 0, 0]))
+    for one in (rollout, other):
+        clip, start = image(name="c")
+        one.reset([0], clip, start)
+        if one is rollout:
+            start.zero_()
+    assert torch.equal(rollout.step([1, 0, 0, 0]), other.step([1, 0, 0, 0]))
+
+
+def test_sessions_of_nobody_and_images_of_nothing_are_refused() -> None:
+    model, (clip, start) = tiny_model(tiny("universal")), image()
+    chosen = RolloutSettings(latent_size=(H, W), steps=STEPS)
+    with pytest.raises(ValueError, match="Rollout: no seeds, wanted one a stream"):
+        Rollout(model, clip[:0], start[:0], seeds=(), settings=chosen)
+    with pytest.raises(ValueError, match=r"Rollout: clip is \(1, 0, 1280\), wanted \[1, 257, 1280\]"):
+        Rollout(model, clip[:, :0], start, settings=chosen)

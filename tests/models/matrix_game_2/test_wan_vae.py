@@ -256,6 +256,33 @@ def test_memory_is_whole_before_the_first_pass(monkeypatch: pytest.MonkeyPatch) 
     assert found == [("meta", []), ("cpu", kept), ("cpu", kept)]
 
 
+def test_a_decoder_that_cannot_go_without_numbers_makes_its_memory_as_it_goes() -> None:
+    torch.manual_seed(0)
+    vae = WanVae(WanVaeConfig(base_dim=4, z_dim=2, latents_mean=(0, 0), latents_std=(1, 1)))
+    z, memory, seen = torch.randn(1, 2, 3, 2, 3), FrameMemory(), []
+    wanted = vae.decode(z)
+    vae.decoder.stages[0][0].register_forward_hook(lambda block, given, y: seen.append(y.mean().item()))
+    assert torch.equal(torch.cat([vae.decode(part, memory) for part in z.split(1, 2)], 2), wanted)
+    assert len(seen) == 3
+    assert len(memory.tensors) == 32
+
+
+@pytest.mark.parametrize("half", ["decoder", "encoder"])
+@pytest.mark.parametrize("first", [True, False])
+def test_streams_may_enter_and_leave_inference_mode(half: str, first: bool) -> None:
+    torch.manual_seed(0)
+    vae = WanVae(WanVaeConfig(base_dim=4, z_dim=2, latents_mean=(0, 0), latents_std=(1, 1)))
+    memory = FrameMemory()
+    run, x, cuts = (vae.decode, torch.randn(1, 2, 2, 2, 3), [1, 1])
+    if half == "encoder":
+        run, x, cuts = (vae.encode, torch.rand(1, 3, 5, 16, 24), [1, 4])
+    made = []
+    for inside, part in zip((first, not first), x.split(cuts, 2), strict=True):
+        with torch.inference_mode(inside):
+            made.append(run(part, memory).clone())
+    assert torch.equal(torch.cat(made, 2), run(x))
+
+
 def test_an_interrupted_frame_is_not_gone_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     vae = WanVae(WanVaeConfig(base_dim=4, z_dim=2, latents_mean=(0, 0), latents_std=(1, 1)))

@@ -62,6 +62,8 @@ class Rollout:
     ) -> None:
         self.model, self.settings = model, settings or RolloutSettings()
         config, chosen, device = model.config, self.settings, model.device
+        if not seeds:
+            raise ValueError("Rollout: no seeds, wanted one a stream")
         batch = self.batch = len(seeds)
         self._check(clip, start, None)
         window, levels = chosen.window_of(config), chosen.levels_of(config)
@@ -73,7 +75,7 @@ class Rollout:
             self._passes = Passes(model, self.caches, model.look(clip.to(device)), (H, W), levels, record=chosen.record)
         self._noise = BlockNoise(tuple(self._passes.x.shape), len(levels) - 1, seeds, device)
         self._signals = Signals(config, batch)
-        self._start = start.to(device, model.dtype)
+        self._start = start.to(device, model.dtype, copy=True)
         self._origin = 0  # the frame at which `start` begins
         self._oldest = 0  # the first of the frames that were written one after the other
         self._made: dict[int, _Made] = {}
@@ -137,8 +139,8 @@ class Rollout:
         latents = passes.run(full=self._full(first))
         self.frames += BLOCK_FRAMES
         self._keep(first, latents.clone(), passes.condition.clone(), heard_keys, heard_mouse)
-        self._whole = True
         self._noise.draw()  # while the device works
+        self._whole = True  # half a draw could not be gone on from either
         return latents
 
     @torch.no_grad()
@@ -160,7 +162,7 @@ class Rollout:
         device, dtype = self.model.device, self.model.dtype
         self._passes.look(self.model.look(clip.to(device)))
         if start is not None:
-            self._start, self._origin = start.to(device, dtype), self.frames
+            self._start, self._origin = start.to(device, dtype, copy=True), self.frames
         self.caches.reset()
         self._oldest = max(self.frames - self.window.frames + BLOCK_FRAMES, 0)
         kept = [frame for frame in range(self.window.sink_frames) if frame < min(self._oldest, self.frames)]
@@ -191,7 +193,7 @@ class Rollout:
         if clip is not None:
             passes.look(self.model.look(clip.to(device)))
         if start is not None:
-            self._start = start.to(device, self.model.dtype)
+            self._start = start.to(device, self.model.dtype, copy=True)
         self._noise = noise
         self.caches.reset()
         self._signals.reset()
@@ -254,7 +256,7 @@ class Rollout:
         if clip is not None and (
             clip.dim() != 3
             or (clip.shape[0], clip.shape[2]) != (batch, CLIP_SIZE)
-            or clip.shape[1] != (tokens or clip.shape[1])
+            or clip.shape[1] != (tokens or max(clip.shape[1], 1))
         ):
             wanted = f"[{batch}, {tokens or CLIP_TOKENS}, {CLIP_SIZE}]"
             raise ValueError(f"Rollout: clip is {tuple(clip.shape)}, wanted {wanted}, one row a seed")

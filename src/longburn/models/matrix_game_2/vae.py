@@ -85,7 +85,7 @@ class WanDecoder(StreamedDecoder):
 
     Args:
         config: sizes; default the released VAE's.
-        dtype: of the parameters; the scale of the latents stays in fp32.
+        dtype: of the parameters; the scale of the latents stays in fp32, which a later `.to(dtype)` would round too.
     """
 
     mean: Tensor

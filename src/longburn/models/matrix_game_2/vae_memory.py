@@ -80,7 +80,7 @@ class Pass:
     def take(self, x: Tensor, frames: int) -> Tensor:
         """The `frames` last inputs `[B, frames, H, W, C]` of the layer whose next input is x `[B, T, H, W, C]`."""
         if self._next == len(self._tensors):
-            self._tensors.append(x.new_zeros(x.shape[0], frames, *x.shape[2:]))
+            self._tensors.append(zeros(x, x.shape[0], frames, *x.shape[2:]))
         self._next += 1
         return self._tensors[self._next - 1]
 
@@ -123,7 +123,7 @@ class StreamedDecoder(nn.Module, ABC):
     def decode_frame(self, latent: Tensor, step: Pass) -> Tensor:
         """One latent frame `[B, C, h, w]` to pictures `[B, 3, n, H, W]`, on the device alone: it can be recorded.
 
-        The first one of a memory goes through it on the meta device too.
+        The first one of a memory goes through it on the meta device too, if it can.
         """
 
     def forward(self, latent: Tensor, step: Pass) -> Tensor:
@@ -155,14 +155,21 @@ class StreamedDecoder(nn.Module, ABC):
         return pictures[0] if len(pictures) == 1 else torch.cat(pictures, 2)
 
     def _furnish(self, memory: FrameMemory, latent: Tensor) -> None:
-        """Make all memory before the first pass: among what that uses only once it would leave gaps for ever."""
+        """Make all memory before the first pass: among what that uses only once it would leave gaps for ever.
+
+        A decoder that cannot go through the meta device (a quantised one, or one with hooks that look at numbers) makes
+        it in its first pass.
+        """
         dry = FrameMemory()
         state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         nowhere = {name: tensor.to("meta") for name, tensor in state.items()}
-        functional_call(self, nowhere, (latent.to("meta"), Pass(dry)))
+        try:
+            functional_call(self, nowhere, (latent.to("meta"), Pass(dry)))
+        except Exception:
+            return
         sizes = [tensor.numel() for tensor in dry.tensors]
-        parts = torch.split(latent.new_zeros(sum(sizes)), sizes)
-        memory.tensors = [part.view_as(tensor) for part, tensor in zip(parts, dry.tensors, strict=True)]
+        parts = torch.split(zeros(latent, sum(sizes)), sizes)
+        memory.tensors = [part.view(tensor.shape) for part, tensor in zip(parts, dry.tensors, strict=True)]
 
     def check(self, latents: Tensor, memory: FrameMemory) -> None:
         """See that `decode` can take these latents.
@@ -181,6 +188,12 @@ class StreamedDecoder(nn.Module, ABC):
                 f"{like.device}; move one to the other"
             )
         memory.fit(self, f"{name}.decode", latents[:, :, 0])
+
+
+def zeros(like: Tensor, *shape: int) -> Tensor:
+    """New memory, which may be written to in and out of `torch.inference_mode` wherever it was made."""
+    with torch.inference_mode(False):
+        return like.new_zeros(shape)
 
 
 def to_uint8(pictures: Tensor) -> Tensor:
