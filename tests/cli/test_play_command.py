@@ -27,7 +27,8 @@ from worlds import DotWorld  # noqa: E402
 from longburn.cli.play_options import PlayOptions  # noqa: E402
 
 IN_A_PROCESS = f"""
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # which background jobs of some shells ignore
 sys.path.append({str(WORLDS)!r})
 from worlds import DotWorld
 from longburn.cli.play_options import PlayOptions
@@ -95,6 +96,14 @@ def test_steps_end_a_script_and_an_end_begins_anew(invoke, world: DotWorld) -> N
         (("--keys", "w*0"), 2, "'w*0', wanted a number of at least 1"),
         (("--keys", "w*x"), 2, "'w*x', wanted a number"),
         (("--keys", ""), 2, "'' does nothing here"),
+        (("--keys", "w*9999999999", "--steps", "2"), 2, "--keys: 'w*9999999999' is too often, wanted at most"),
+        (("--keys", "w*1000001"), 2, "'w*1000001' is too often"),
+        (("--keys", "w,d*1000000"), 2, "'d*1000000' is too often, wanted at most 1,000,000 keys in all"),
+        pytest.param(("--keys", f"w*{'9' * 5000}"), 2, f"'w*{'9' * 20}...' is too often", id="5000 digits"),
+        (("--keys", "w", "--scale", "2"), 2, "--scale 2 is of a video, and none is written: give --output"),
+        (("--keys", "w", "--fps", "3"), 2, "--fps 3: nothing is drawn or written: give --draw or --output"),
+        (("--keys", "w", "--turns"), 2, "--turns is for your own keys, and --keys plays without: leave one out"),
+        (("--keys", "w", "--realtime", "-o", "a.gif"), 2, "--realtime is for your own keys, and --keys plays without"),
         (("--keys", "w", "-o", "a.avi"), 2, "a.avi: ending '.avi', wanted .gif or .mp4"),
         (("--keys", "w", "-o", "nowhere/a.gif"), 2, "no directory nowhere"),
         (("--keys", "w", "-o", "a.gif", "--fps", "90"), 2, "90 frames a second, a GIF file has at most 50"),
@@ -127,6 +136,10 @@ def test_bad_usage(invoke, world: DotWorld, tmp_path, monkeypatch, options: tupl
     assert outcome.err.count("\n") == 1
     assert world.asked == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_of_times_may_begin_with_zeros() -> None:
+    assert PlayOptions(keys=f"w*{'0' * 5000}2,-").script({"w": "up"}) == ["w", "w", ""]
 
 
 @pytest.mark.parametrize("options", [("--agent",), ("--agent", "-o", "a.gif")], ids=str)
@@ -286,7 +299,9 @@ def test_real_time_goes_on_without_keys_and_pauses(game) -> None:
     assert play.restored
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str)
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGQUIT, 131)], ids=str
+)
 def test_signals_leave_the_terminal_as_it_was(game, tmp_path: Path, number: signal.Signals, code: int) -> None:
     path = tmp_path / "play.gif"
     play = game("--realtime", "-o", path, "slow")
@@ -297,7 +312,7 @@ def test_signals_leave_the_terminal_as_it_was(game, tmp_path: Path, number: sign
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], ids=str)
 def test_signals_leave_no_part_of_a_scripted_video(game, tmp_path: Path, number: signal.Signals) -> None:
     play = game("--keys", "w*1000", "-o", tmp_path / "play.gif", "slow")
     play.until("━")  # of the bar, of whose text more or less fits beside the file's path
@@ -311,6 +326,12 @@ def test_signals_leave_no_part_of_a_scripted_video(game, tmp_path: Path, number:
 def test_nobody_ends_what_is_not_drawn(game) -> None:
     play = game("--no-draw")
     play.until("give --steps")
+    assert play.end() == 2
+
+
+def test_turns_want_a_player(game) -> None:
+    play = game("--no-draw", "--steps", 2, "--turns")
+    play.until("--turns is for your own keys, and --no-draw plays without")
     assert play.end() == 2
 
 

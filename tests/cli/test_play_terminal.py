@@ -7,6 +7,7 @@ import signal
 import termios
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -62,10 +63,22 @@ def settings(file) -> list:
     return termios.tcgetattr(file.fileno())
 
 
-@pytest.mark.parametrize("end", ["well", "error", "interrupt", signal.SIGTERM, signal.SIGHUP], ids=str)
+@pytest.fixture
+def quits_are_heard() -> Iterator[None]:
+    """Even if the tests run in the background of a shell that leaves SIGQUIT ignored there."""
+    before = signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGQUIT, before)
+
+
+ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+@pytest.mark.usefixtures("quits_are_heard")
+@pytest.mark.parametrize("end", ["well", "error", "interrupt", *ENDS], ids=str)
 def test_the_terminal_is_restored(terminal, end) -> None:
     _, file = terminal
-    before, handlers = settings(file), [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    before, handlers = settings(file), [signal.getsignal(number) for number in ENDS]
 
     def use() -> None:
         with ends_orderly(), keyboard(file):
@@ -89,7 +102,7 @@ def test_the_terminal_is_restored(terminal, end) -> None:
         if expected is SystemExit:
             assert raised.value.code == 128 + end
     assert settings(file) == before
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == handlers
+    assert [signal.getsignal(number) for number in ENDS] == handlers
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:

@@ -24,6 +24,8 @@ SPACES = [
     (spaces.Box(0, 255, (2,), np.uint8), 10),
     (spaces.Box(-2, 2, (1,), np.int8), 5),
     (spaces.Box(-2, 2, (1,), np.int64), 4),
+    (spaces.Box(-(2**63), 2**63 - 1, (2,), np.int64), 7),
+    (spaces.Box(0, 2**64 - 1, (2,), np.uint64), 256),
 ]
 
 
@@ -67,6 +69,24 @@ def test_sampled_actions_land_in_the_bin_around_them(space: spaces.Space, bins: 
             (high - low) / bins / 2 if np.issubdtype(space.dtype, np.floating) else np.ceil((high - low + 1) / bins)
         )
         assert (np.abs(back.astype(np.float64) - actions) <= within * (1 + 1e-6) + 1e-6).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_bounds_that_are_as_far_apart_as_can_be() -> None:
+    far = 1.7e308
+    space = spaces.Box(-far, far, (1,), np.float64)
+    bins = action_codec(space, bins=4)
+    np.testing.assert_allclose(
+        bins.action(torch.arange(4)[:, None]), far * np.array([[-0.75], [-0.25], [0.25], [0.75]])
+    )
+    assert bins.tokens([[-far], [-0.4 * far], [0.4 * far], [far]])[:, 0].tolist() == [0, 1, 2, 3]
+    codec = action_codec(space)
+    assert codec.tokens([[-far], [0.0], [far]])[:, 0, 0].tolist() == [-1, 0, 1]
+    np.testing.assert_allclose(codec.action(torch.tensor([[[-1.0]], [[0.5]]])), [[-far], [0.5 * far]])
+    whole = action_codec(spaces.Box(0, 2**64 - 1, (1,), np.uint64), bins=2)
+    assert whole.tokens(np.array([[0], [2**63 - 1], [2**63], [2**64 - 1]], np.uint64))[:, 0].tolist() == [0, 0, 1, 1]
+    assert whole.action(torch.tensor([[0], [1]]))[:, 0].tolist() == [2**62 - 1, 2**63 + 2**62 - 1]
+    assert action_codec(spaces.Box(0, 9, (1,)), bins=np.int64(3)).width == 3
 
 
 def test_a_component_of_one_value_is_that_value() -> None:
@@ -171,6 +191,9 @@ def test_tokens_of_another_shape(tokens: list) -> None:
         (lambda: action_codec(spaces.Discrete(2), bins=4), "only a Box is cut into bins"),
         (lambda: action_codec(spaces.Box(-np.inf, 1, (2,)), bins=4), "no finite bounds"),
         (lambda: action_codec(spaces.Box(0, 1, (2,)), bins=0), "at least one bin"),
+        (lambda: action_codec(spaces.Box(0, 1, (2,)), bins=2.5), "2.5 bins of .*a whole number, at least one bin"),
+        (lambda: action_codec(spaces.Box(0, 1, (2,)), bins="4"), "'4' bins of .*a whole number"),
+        (lambda: action_codec(spaces.Box(0, 1, (2,)), bins=True), "True bins of .*a whole number"),
         (lambda: action_codec(spaces.Box(0, 2, (2,), np.uint8), bins=4), "fewer integers"),
         (lambda: action_codec(spaces.Box(0, 2, (2,), np.uint8)), "wanted a Box of floating-point numbers"),
         (lambda: BinsCodec(spaces.Discrete(2), 3), "wanted a Box"),

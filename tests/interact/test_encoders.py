@@ -41,6 +41,26 @@ def test_patches_in_the_order_of_reading() -> None:
         patch = torch.from_numpy(image[1, top : top + 2, left : left + 3]).float() / 127.5 - 1
         wanted = weight @ patch.permute(2, 0, 1).flatten() + bias + encoder.places[number]
         torch.testing.assert_close(x[1, number], wanted, atol=1e-5, rtol=1e-5)
+    assert torch.equal(encoder.encode(image.astype(np.int64)), x)
+    assert encoder.encode(image[:0].astype(np.int64)).shape == (0, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.full((1, 4, 6, 3), 0.5), "images of float64, wanted uint8 or other integers within 0 .. 255"),
+        (np.ones((1, 4, 6, 3), bool), "images of bool"),
+        (np.full((1, 4, 6, 3), None), "images of object"),
+        (np.full((1, 4, 6, 3), 300), "images that hold 300, wanted uint8 or other integers within 0 .. 255"),
+        (np.full((1, 4, 6, 3), -5), "images that hold -5"),
+    ],
+    ids=["fractions", "truth", "objects", "too much", "too little"],
+)
+def test_patches_are_of_bytes(images: np.ndarray, message: str) -> None:
+    encoder = PatchEncoder(spaces.Box(0, 255, (4, 6, 3), np.uint8), 8, (2, 3))
+    with pytest.raises(ValueError, match=rf"^PatchEncoder\.encode: {message}") as raised:
+        encoder.encode(images)
+    assert "\n" not in str(raised.value)
 
 
 def test_they_are_what_the_loop_asks_for() -> None:

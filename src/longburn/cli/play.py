@@ -120,7 +120,10 @@ class Figures:
 def play(
     options: PlayOptions,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A video to write: .gif or .mp4.")] = None,
-    scale: Annotated[int, typer.Option(min=1, help="Of the video: its pixels on a side of a frame's pixel.")] = 1,
+    scale: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --output: pixels of the video on a side of a frame's pixel. Default: 1."),
+    ] = None,
     draw: Annotated[
         bool | None,
         typer.Option(
@@ -142,8 +145,9 @@ def play(
     draws = (terminal and (typed or output is None)) if draw is None else draw
     if draws and not sys.stdout.isatty():
         raise typer.BadParameter("--draw: stdout is not a terminal")
+    check_idle(options, by_hand=typed and draws, draws=draws, writes=output is not None, scale=scale)
     if output is not None:
-        check_output(output, options.fps, scale)
+        check_output(output, options.fps, scale or 1)
     endless = options.keys is None and options.steps is None
     if endless and not (draws and terminal) and (output is not None or not draws):
         raise typer.BadParameter("it would go on for ever, with nobody to end it: give --steps")
@@ -152,7 +156,7 @@ def play(
     figures, video = Figures(), None
     if output is not None:
         with wrong_usage():
-            video = VideoWriter(output, stage.size, options.fps or stage.fps, scale=scale)
+            video = VideoWriter(output, stage.size, options.fps or stage.fps, scale=scale or 1)
     try:
         with ExitStack() as stack:
             if video is not None:
@@ -214,6 +218,25 @@ def perform(
         if tell is not None and total is not None:
             tell(figures.steps, total)
         going = present(shown)
+
+
+def check_idle(options: PlayOptions, *, by_hand: bool, draws: bool, writes: bool, scale: int | None) -> None:
+    """Raises BadParameter for options that would do nothing.
+
+    Args:
+        options: of the command.
+        by_hand: somebody is at the keyboard.
+        draws: frames are shown in the terminal.
+        writes: frames go to a video.
+        scale: of the video; None if it was not given.
+    """
+    if scale is not None and not writes:
+        raise typer.BadParameter(f"--scale {scale} is of a video, and none is written: give --output, or leave it out")
+    if options.fps is not None and not (draws or writes):
+        raise typer.BadParameter(f"--fps {options.fps:g}: nothing is drawn or written: give --draw or --output")
+    if options.turns is not None and not by_hand:
+        given, instead = "turns" if options.turns else "realtime", "no-draw" if options.keys is None else "keys"
+        raise typer.BadParameter(f"--{given} is for your own keys, and --{instead} plays without: leave one out")
 
 
 def check_output(output: Path, fps: float | None = None, scale: int = 1) -> None:

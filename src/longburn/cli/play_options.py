@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 WORLD, RUN = "World", "Run"
 AGENT_FPS = 8.0
 AGENT_WINDOW = 16  # steps; without a window it would remember everything
+MOST_KEYS = 1_000_000  # of a script, which is a list in memory
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class PlayOptions:
         """The keys of `--keys`, "" to wait; None without that option.
 
         Raises:
-            typer.BadParameter: a key that does nothing here, or a number of times that is none.
+            typer.BadParameter: a key that does nothing here, a number of times that is none, or more than `MOST_KEYS`.
         """
         if self.keys is None:
             return None
@@ -176,9 +177,14 @@ class PlayOptions:
             key, star, times = piece.strip().partition("*")
             if key != "-" and key not in controls:
                 raise typer.BadParameter(f"--keys: {key!r} does nothing here, wanted {', '.join(controls)} or -")
-            if star and not (times.isdecimal() and int(times) > 0):
+            if star and not (times.isdecimal() and times.strip("0")):
                 raise typer.BadParameter(f"--keys: {piece.strip()!r}, wanted a number of at least 1 after *")
-            script += ["" if key == "-" else key] * (int(times) if star else 1)
+            digits = times.lstrip("0") if star else "1"
+            # By its length first: Python reads no number of thousands of digits.
+            if len(digits) > len(str(MOST_KEYS)) or len(script) + int(digits) > MOST_KEYS:
+                told = piece.strip() if len(digits) < 20 else f"{key}*{digits[:20]}..."
+                raise typer.BadParameter(f"--keys: {told!r} is too often, wanted at most {MOST_KEYS:,} keys in all")
+            script += ["" if key == "-" else key] * int(digits)
         return script
 
     def load(self) -> Stage:

@@ -116,13 +116,14 @@ def keyboard(file: TextIO | None = None) -> Iterator[Keyboard]:
 
 @contextmanager
 def ends_orderly() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP end the process by an exception, so that everything is put back on the way. One that
-    is ignored (SIGHUP under nohup) stays so."""
+    """Inside, SIGTERM, SIGHUP and SIGQUIT (which Ctrl-\\ sends) end the process by an exception, so that everything is
+    put back on the way. One that is ignored (SIGHUP under nohup) stays so."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    signals = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    ends = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    signals = [number for number in ends if signal.getsignal(number) != signal.SIG_IGN]
     before = [signal.signal(number, leave) for number in signals]
     try:
         yield

@@ -65,19 +65,20 @@ class BinsCodec:
         bins: of every component, at least 1.
 
     Raises:
-        ValueError: another space, one without bounds, or more bins than integers.
+        ValueError: another space, one without bounds, bins that are no whole number, or more of them than integers.
     """
 
     def __init__(self, space: "Box", bins: int) -> None:
         spaces = gymnasium("BinsCodec").spaces
-        if not isinstance(space, spaces.Box) or bins < 1:
-            raise ValueError(f"BinsCodec: {bins} bins of {space}: wanted a Box and at least one bin")
+        whole = isinstance(bins, int | np.integer) and not isinstance(bins, bool)
+        if not isinstance(space, spaces.Box) or not whole or bins < 1:
+            raise ValueError(f"BinsCodec: {bins!r} bins of {space}: wanted a Box and a whole number, at least one bin")
         if not space.is_bounded():
             raise ValueError(f"BinsCodec: {space} has no finite bounds to cut into bins; use ContinuousCodec")
         self.space = space
-        self.bins = bins
+        self.bins = int(bins)
         self._integers = np.issubdtype(space.dtype, np.integer)
-        kind = np.int64 if self._integers else np.float64
+        kind = object if self._integers else np.float64  # Python's integers: no bounds are too far apart
         self._low, self._high = space.low.ravel().astype(kind), space.high.ravel().astype(kind)
         if self._integers and int((self._high - self._low).min()) + 1 < bins:
             raise ValueError(f"BinsCodec: {bins} bins of {space}, which has fewer integers; give fewer bins")
@@ -89,18 +90,18 @@ class BinsCodec:
         if self._integers:
             found = (values - self._low) * self.bins // (self._high - self._low + 1)
         else:
-            extent = np.where(self._high > self._low, self._high - self._low, 1.0)
-            found = np.floor((values - self._low) / extent * self.bins)
+            half = self._high / 2 - self._low / 2  # of the extent, which itself may be too large
+            found = np.floor((values / 2 - self._low / 2) / np.where(half > 0, half, 1.0) * self.bins)
         return self._ids.of(found.clip(0, self.bins - 1).astype(np.int64))
 
     def action(self, tokens: Tensor) -> Any:
-        bins = self._ids.values(tokens)
+        bins = self._ids.values(tokens).astype(self._low.dtype)
         if self._integers:
             count = self._high - self._low + 1
             first, end = -(-bins * count // self.bins), -(-(bins + 1) * count // self.bins)
             values = self._low + (first + end - 1) // 2
         else:
-            values = self._low + (bins + 0.5) / self.bins * (self._high - self._low)
+            values = 2 * (self._low / 2 + (bins + 0.5) / self.bins * (self._high / 2 - self._low / 2))
         return values.reshape(len(values), *self.space.shape).astype(self.space.dtype)
 
     def idle(self, batch: int) -> Tensor:

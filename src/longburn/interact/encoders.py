@@ -89,8 +89,12 @@ class PatchEncoder(nn.Module):
         self.places = nn.Parameter(0.02 * torch.randn((height // patch[0]) * (width // patch[1]), dim))
 
     def encode(self, observations: Any) -> Tensor:
-        """`[B, patches, D]` of images `[B, height, width, channels]`."""
-        rows = _rows(self.space, observations, "PatchEncoder.encode")
+        """`[B, patches, D]` of images `[B, height, width, channels]`, uint8 or other integers within 0 .. 255.
+
+        Raises:
+            ValueError: another shape, numbers of another type, or beyond 0 .. 255.
+        """
+        rows = _bytes(_rows(self.space, observations, "PatchEncoder.encode"))
         weight = self.project.weight
         images = torch.from_numpy(np.ascontiguousarray(rows)).to(weight.device).permute(0, 3, 1, 2)
         patches: Tensor = self.project(images.to(weight.dtype) / 127.5 - 1)
@@ -126,3 +130,15 @@ def _rows(space: "Space[Any]", observations: Any, operation: str) -> NDArray[Any
         wanted = ", ".join(["B", *map(str, space.shape or ())])
         raise ValueError(f"{operation}: observations of shape {list(rows.shape)}, wanted [{wanted}]")
     return rows
+
+
+def _bytes(images: NDArray[Any]) -> NDArray[np.uint8]:
+    if images.dtype == np.uint8:
+        return images
+    wanted = "wanted uint8 or other integers within 0 .. 255"
+    if images.dtype.kind not in "iu":
+        raise ValueError(f"PatchEncoder.encode: images of {images.dtype}, {wanted}")
+    wrong = images[(images < 0) | (images > 255)]
+    if len(wrong):
+        raise ValueError(f"PatchEncoder.encode: images that hold {wrong[0]}, {wanted}")
+    return images.astype(np.uint8)

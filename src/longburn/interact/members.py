@@ -66,4 +66,5 @@ def scaling(space: "Box", far: float = np.inf) -> tuple[NDArray[np.float64], NDA
     low, high = (bound.ravel().astype(np.float64) for bound in (space.low, space.high))
     bounded = (np.abs(low) < far) & (np.abs(high) < far)
     low, high = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
-    return (low + high) / 2, np.where(high > low, (high - low) / 2, 1.0)
+    low, high = low / 2, high / 2  # so that no bounds are too far apart
+    return low + high, np.where(high > low, high - low, 1.0)

@@ -59,7 +59,7 @@ def _load(path: Path) -> dict[str, Tensor]:
                 raise
             content = torch.load(path, map_location="cpu", weights_only=True)  # of the older format
     except Exception as error:  # damaged files raise almost anything
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]  # of an empty file it has no words
         raise CheckpointError(f"{path}: cannot be read as tensors alone: {reason}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, wanted a dictionary of tensors")

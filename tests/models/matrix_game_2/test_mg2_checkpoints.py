@@ -40,11 +40,27 @@ def test_a_configuration_is_read_by_its_own_names() -> None:
         ({"action_config": {"rope_dim_list": [8, 28]}}, "rope_dim_list"),
         ({"action_config": {"blocks": [30]}}, "layers that there are"),
         ({"action_config": {"qkv_bias": True}}, "qkv_bias is True"),
+        ({"action_config": 5}, "action_config is 5, wanted a dictionary"),
+        ({"action_config": [["blocks", [0]]]}, "action_config is .*, wanted a dictionary"),
+        ({"action_config": {"blocks": 3}}, "blocks is 3, wanted a list of whole numbers"),
+        ({"action_config": {"blocks": "abc"}}, "blocks is 'abc', wanted a list of whole numbers"),
+        ({"action_config": {"blocks": [0, 0.5]}}, r"blocks is \[0, 0.5\], wanted a list of whole numbers"),
+        ({"action_config": {"blocks": None}}, "blocks is None, wanted a list of whole numbers"),
+        ({"action_config": {"rope_dim_list": 64}}, "rope_dim_list is 64, wanted a list of whole numbers"),
+        ({"action_config": {"mouse_qk_dim_list": 64}}, "mouse_qk_dim_list is 64, wanted a list of whole numbers"),
+        ({"action_config": {"rope_theta": "a"}}, "rope_theta is 'a', wanted a finite number above 0"),
+        ({"eps": "a"}, "eps is 'a', wanted a finite number above 0"),
+        ({"eps": float("nan")}, "eps is nan, wanted a finite number above 0"),
+        ({"eps": float("inf")}, "eps is inf, wanted a finite number above 0"),
+        ({"eps": 10**400}, "eps is 10+, wanted a finite number above 0"),
+        ({"eps": 0}, "eps is 0, wanted a finite number above 0"),
+        ({"eps": True}, "eps is True, wanted a finite number above 0"),
     ],
 )
 def test_a_bad_configuration_is_named(change: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^MatrixGame2Config: .*{message}") as raised:
         MatrixGame2Config.from_config(change)
+    assert "\n" not in str(raised.value)
 
 
 def unused(mode: str) -> dict[str, torch.Tensor]:

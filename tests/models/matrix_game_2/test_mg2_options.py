@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from mg2_cases import distance, drawn, given, heard, peer_of, tiny, tiny_model
@@ -257,6 +258,39 @@ def test_bad_images_change_nothing() -> None:
 def test_settings_that_mean_nothing_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         session(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sink_frames": 0.5}, "sink_frames is 0.5, wanted a whole number of latent frames"),
+        ({"sink_frames": True}, "sink_frames is True"),
+        ({"window": 7.5}, "window is 7.5, wanted a whole number of latent frames"),
+        ({"steps": 1000}, "steps is 1000, wanted falling whole numbers"),
+        ({"steps": (1000, 0.5)}, r"steps is \(1000, 0.5\)"),
+        ({"latent_size": (4,)}, r"latent_size is \(4,\), wanted two even numbers"),
+        ({"latent_size": (4, 6.0)}, r"latent_size is \(4, 6.0\)"),
+        ({"past_log_weights": -0.5}, "past_log_weights is -0.5, wanted numbers or -inf"),
+        ({"shift": "5"}, "shift is '5', wanted a number above 0"),
+    ],
+)
+def test_settings_of_another_type_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^RolloutSettings: {message}"):
+        RolloutSettings(**changes)  # type: ignore[arg-type]
+
+
+def test_a_window_is_of_whole_frames() -> None:
+    for bad in ((7.5,), ("7",), (7, 0.5), (7, True)):
+        with pytest.raises(ValueError, match=r"^FrameWindow: (sink_)?frames is .*, wanted a whole number"):
+            FrameWindow(*bad)  # type: ignore[arg-type]
+
+
+def test_settings_may_be_numbers_of_numpy() -> None:
+    two = np.int64(2)
+    given_by = {"past_log_weights": np.array([-0.5]), "steps": np.array([1000, 500]), "latent_size": [two, 4]}
+    chosen = RolloutSettings(two + 5, two, shift=5, **given_by)
+    assert chosen == RolloutSettings(7, 2, False, (-0.5,), (1000, 500), 5.0, latent_size=(2, 4))
+    assert FrameWindow(two + 5, two) == FrameWindow(7, 2)
 
 
 def test_what_is_done_to_latents_does_not_reach_the_session() -> None:

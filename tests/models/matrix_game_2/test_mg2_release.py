@@ -59,6 +59,20 @@ def test_seeds_and_keys_decide(release: Path) -> None:
     assert (play(0, "s", "left")[:9] != first[:9]).any()
 
 
+def test_pictures_never_lag_behind_their_blocks(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = load_world(release, image=release / "start.png", settings=SMALL)
+    world.reset(seed=0)
+    first = world.step(world.action_of(["w"])).frames
+    with monkeypatch.context() as patch:
+        patch.setattr(world, "_decoded", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            world.step(world.action_of(["w"]))
+    with pytest.raises(RuntimeError, match="the call before was interrupted before its pictures; call reset"):
+        world.step(world.action_of(["w"]))
+    world.reset(seed=0)
+    np.testing.assert_array_equal(world.step(world.action_of(["w"])).frames, first)
+
+
 def test_what_is_missing_is_named_all_at_once(release: Path, tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     with pytest.raises(CheckpointError, match=r"no gta_distilled_model; no models_clip.*pth or .* or image_encoder"):
@@ -122,3 +136,28 @@ def test_an_action_is_whatever_its_space_holds(release: Path) -> None:
         world.step(action)
     with pytest.raises(ValueError, match=r"MatrixGameWorld\.step: action .*wanted a number within 0 \.\. 6"):
         world.step(np.array([3]))
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        ({"keyboard": None, "mouse": [0, 0]}, "keyboard is no array of numbers"),
+        ({"keyboard": "wasd", "mouse": [0, 0]}, "keyboard is no array of numbers"),
+        ({"keyboard": [[1, 0], [0]], "mouse": [0, 0]}, "keyboard is no array of numbers"),
+        ({"keyboard": [1, 0, 0, 0], "mouse": None}, "mouse is no array of numbers"),
+        (
+            {"keyboard": [1, 0, 0, 0], 5: [0, 0]},
+            r"action \['5', 'keyboard'\], wanted a dictionary of keyboard and mouse",
+        ),
+    ],
+    ids=str,
+)
+def test_an_action_of_another_type_changes_nothing(release: Path, action: object, message: str) -> None:
+    world = load_world(release, image=release / "start.png", settings=SMALL)
+    world.reset(seed=0)
+    wanted = world.step(world.action_of(["w"])).frames
+    world.reset(seed=0)
+    with pytest.raises(ValueError, match=rf"^MatrixGameWorld\.step: {message}") as raised:
+        world.step(action)
+    assert "\n" not in str(raised.value)
+    np.testing.assert_array_equal(world.step(world.action_of(["w"])).frames, wanted)

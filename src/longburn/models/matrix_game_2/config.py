@@ -1,5 +1,6 @@
 """The sizes of a Matrix-Game 2 model, under the names of its `config.json`."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -142,14 +143,16 @@ class MatrixGame2Config:
             ValueError: names the key: out of range, or a setting that this architecture does not have.
         """
         given = {key: value for key, value in config.items() if value is not None}
-        action = dict(given.get("action_config", {}))
+        action = given.get("action_config", {})
+        if not isinstance(action, Mapping):
+            raise ValueError(f"MatrixGame2Config: action_config is {action!r}, wanted a dictionary")
         for where, fixed in ((given, _FIXED), (action, _ACTION_FIXED)):
             for key, wanted in fixed.items():
                 if (came := where.get(key, wanted)) != wanted:
                     raise ValueError(f"MatrixGame2Config: {key} is {came!r}, wanted {wanted!r}")
-        rope = tuple(action.get("rope_dim_list", (8, 28, 28)))
+        rope = _counts(action, "rope_dim_list", (8, 28, 28))
         mouse = bool(action.get("enable_mouse", True))
-        if mouse and tuple(action.get("mouse_qk_dim_list", rope)) != rope:
+        if mouse and _counts(action, "mouse_qk_dim_list", rope) != rope:
             raise ValueError(f"MatrixGame2Config: mouse_qk_dim_list is not rope_dim_list, {list(rope)}")
         if len(rope) != 3:
             raise ValueError(f"MatrixGame2Config: rope_dim_list is {list(rope)}, wanted time, height and width")
@@ -159,13 +162,13 @@ class MatrixGame2Config:
             **{name: _count(given, name, default) for name, default in _SIZES.items()},
             local_attn_size=_frames(given),
             sink_size=_count(given, "sink_size", 0, least=0),
-            eps=float(given.get("eps", 1e-6)),
+            eps=_number(given, "eps", 1e-6),
             action_config=ActionConfig(
                 **sizes | {"mouse_hidden_dim": sizes["mouse_hidden_dim"] if mouse else keys},
-                blocks=tuple(action.get("blocks", range(15))),
+                blocks=_counts(action, "blocks", tuple(range(15))),
                 enable_mouse=mouse,
                 rope_dim_list=(rope[0], rope[1], rope[2]),
-                rope_theta=float(action.get("rope_theta", 256)),
+                rope_theta=_number(action, "rope_theta", 256.0),
             ),
         )
 
@@ -216,3 +219,18 @@ def _count(config: Mapping[str, Any], name: str, default: int, *, least: int = 1
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"MatrixGame2Config: {name} is {value!r}, wanted a whole number of at least {least}")
     return value
+
+
+def _counts(config: Mapping[str, Any], name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    values = config.get(name, default)
+    if not isinstance(values, list | tuple) or not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f"MatrixGame2Config: {name} is {values!r}, wanted a list of whole numbers of at least 0")
+    return tuple(values)
+
+
+def _number(config: Mapping[str, Any], name: str, default: float) -> float:
+    value = config.get(name, default)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value <= sys.float_info.max:  # NaN is not
+        raise ValueError(f"MatrixGame2Config: {name} is {value!r}, wanted a finite number above 0")
+    return float(value)

@@ -1,8 +1,11 @@
 """Rings of latent frames: what a block of frames sees, where it stands, and attention to all that a ring holds."""
 
 import math
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +31,8 @@ class FrameWindow:
             right before the block, the last one for all that are older. Kept frames and the block itself have 0.
 
     Raises:
-        ValueError: the window cannot hold kept frames and a block, or weights that are no numbers.
+        ValueError: numbers of frames that are not whole, a window that cannot hold kept frames and a block, or weights
+            that are no numbers.
     """
 
     frames: int
@@ -37,6 +41,9 @@ class FrameWindow:
     past_log_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("frames", "sink_frames"):
+            settle(self, name, whole, "a whole number of latent frames")
+        settle(self, "past_log_weights", numbers, "numbers or -inf, one an age")
         if self.sink_frames < 0 or self.sink_frames + BLOCK_FRAMES > self.frames:
             raise ValueError(
                 f"FrameWindow: {self.sink_frames} kept frames and a block of {BLOCK_FRAMES} do not fit a window of "
@@ -55,6 +62,38 @@ class FrameWindow:
         kept = self.sink_frames if sinks else 0
         size = (self.frames - kept - BLOCK_FRAMES) * tokens + 1
         return AttnWindow(size, sink_tokens=kept * tokens), self.frames * tokens
+
+
+def settle(settings: object, name: str, read: Callable[[Any], object], wanted: str) -> None:
+    """Replace a field of a frozen dataclass by what `read` makes of it.
+
+    Raises:
+        ValueError: it can make nothing of it; says what was wanted.
+    """
+    value = getattr(settings, name)
+    try:
+        object.__setattr__(settings, name, read(value))
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{type(settings).__name__}: {name} is {value!r}, wanted {wanted}") from None
+
+
+def whole(value: Any) -> int:
+    """An integer of any type, but no truth value."""
+    if isinstance(value, bool):
+        raise TypeError("a truth value")
+    return operator.index(value)
+
+
+def numbers(values: Any) -> tuple[float, ...]:
+    """Real numbers of any type."""
+    return tuple(number(value) for value in values)
+
+
+def number(value: Any) -> float:
+    """A real number of any type, but no truth value."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError("no number")
+    return float(value)
 
 
 class Caches:

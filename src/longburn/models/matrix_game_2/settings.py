@@ -1,10 +1,11 @@
 """How a session with Matrix-Game 2 runs."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from longburn.diffusion import Schedule
 from longburn.models.matrix_game_2.config import LATENT_SIZE, PATCH, STEPS, MatrixGame2Config
-from longburn.models.matrix_game_2.frames import FrameWindow
+from longburn.models.matrix_game_2.frames import FrameWindow, number, numbers, settle, whole
 from longburn.models.matrix_game_2.sampler import SHIFT, noise_levels
 
 
@@ -23,7 +24,7 @@ class RolloutSettings:
         record: replay CUDA graphs once the window is full.
 
     Raises:
-        ValueError: an odd latent_size.
+        ValueError: a setting of another type, or an odd latent_size.
     """
 
     window: int | None = None
@@ -37,6 +38,14 @@ class RolloutSettings:
     record: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("window", "sink_frames"):
+            if getattr(self, name) is not None:
+                settle(self, name, whole, "a whole number of latent frames")
+        if self.steps is not None:
+            settle(self, "steps", _wholes, "falling whole numbers")
+        settle(self, "past_log_weights", numbers, "numbers or -inf, one an age")
+        settle(self, "shift", number, "a number above 0")
+        settle(self, "latent_size", _pair, "two even numbers, rows and columns")
         H, W = self.latent_size
         if H % PATCH or W % PATCH or min(H, W) < PATCH:
             raise ValueError(
@@ -73,3 +82,12 @@ class RolloutSettings:
         """
         steps = STEPS.get(config.mode, STEPS["universal"]) if self.steps is None else self.steps
         return noise_levels(steps, shift=self.shift)
+
+
+def _wholes(values: Any) -> tuple[int, ...]:
+    return tuple(whole(value) for value in values)
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    H, W = _wholes(values)
+    return H, W

@@ -141,9 +141,16 @@ class MatrixGameWorld:
 
     @torch.no_grad()
     def step(self, action: Any) -> WorldStep:
-        """Twelve pictures on, nine at the start."""
+        """Twelve pictures on, nine at the start.
+
+        Raises:
+            ValueError: no reset yet, or an action of another kind; nothing has changed then.
+            RuntimeError: a step before was interrupted.
+        """
         if self._rollout is None:
             raise ValueError("MatrixGameWorld.step: nothing to go on from; call reset first")
+        if self._memory.frames != self._rollout.frames:
+            raise RuntimeError("MatrixGameWorld.step: the call before was interrupted before its pictures; call reset")
         latents = self._rollout.step(*self._signals(action))
         frames = self._decoded(latents, self._rollout.ready)
         return WorldStep(frames[-1], frames)
@@ -168,9 +175,9 @@ class MatrixGameWorld:
                 raise ValueError(f"MatrixGameWorld.step: action {action!r}, wanted a number within 0 .. {keys - 1}")
             return [float(i == action) for i in range(keys)], None
         if not isinstance(action, Mapping) or set(action) != {"keyboard", "mouse"}:
-            came = sorted(action) if isinstance(action, Mapping) else repr(action)
+            came = sorted(map(str, action)) if isinstance(action, Mapping) else repr(action)
             raise ValueError(f"MatrixGameWorld.step: action {came}, wanted a dictionary of keyboard and mouse")
-        return torch.as_tensor(np.asarray(action["keyboard"])), torch.as_tensor(np.asarray(action["mouse"]))
+        return _numbers("keyboard", action["keyboard"]), _numbers("mouse", action["mouse"])
 
 
 def controls_of(mode: str) -> Mapping[str, str]:
@@ -181,6 +188,13 @@ def controls_of(mode: str) -> Mapping[str, str]:
     if mode == "gta_drive":
         return walk | {key: f"steer {key}" for key in ("left", "right")}
     return walk | {key: word for key, (word, _) in _LOOK.items()}
+
+
+def _numbers(name: str, values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(np.asarray(values))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"MatrixGameWorld.step: {name} is no array of numbers ({error})") from error
 
 
 def _shown(pictures: Tensor) -> NDArray[np.uint8]:
